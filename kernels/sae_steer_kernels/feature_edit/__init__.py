@@ -1,0 +1,237 @@
+"""``feature_edit``: encode, edit and write back the features that a request names, for a whole step in one op.
+
+For a token ``t`` with slot ``s = slots[t]`` (0 = nothing: the row is not touched, to the bit):
+
+    x      = read[t] (or y[t]) + residual[t]                                       float32
+    f_i    = act_i(<enc[s, i], N_i(x)> + b_i)                                       every row i < slot_int[s, ROWS]
+    f'_i   = clip(a_i f_i + c_i, lo_i, hi_i) * G_i(f_i)^gamma_i                     0 inside the masked range
+    y[t]  += sum_i (f'_i - f_i) s_i dec[s, i]                                       rows whose selector and gate hold
+
+The meaning is that of the design document, section 2. :mod:`.reference` is its literal float64 form, :mod:`.layout` names
+the packed scalars.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from sae_steer_kernels._op import Op
+from sae_steer_kernels.feature_edit.layout import Act, RowFloat, RowInt, SlotFloat, SlotInt
+from sae_steer_kernels.feature_edit.reference import feature_edit_reference
+from sae_steer_kernels.feature_edit.torch_impl import feature_edit_torch
+
+_SCALE_DEFAULTS = {
+    RowFloat.MAG_SCALE: 1.0,
+    RowFloat.SCALE: 1.0,
+    RowFloat.LO: -math.inf,
+    RowFloat.HI: math.inf,
+    RowFloat.MASK_LO: math.inf,
+    RowFloat.MASK_HI: -math.inf,
+    RowFloat.GAMMA: 1.0,
+    RowFloat.WHEN_ABOVE: -math.inf,
+    RowFloat.WHEN_BELOW: math.inf,
+}
+
+
+def empty_rows(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scalars of rows that do nothing: ``[*shape, len(RowFloat)]`` float32 and ``[*shape, len(RowInt)]`` int32."""
+    floats = torch.zeros(*shape, len(RowFloat), device=device)
+    for column, value in _SCALE_DEFAULTS.items():
+        floats[..., column] = value
+    ints = torch.zeros(*shape, len(RowInt), dtype=torch.int32, device=device)
+    ints[..., RowInt.ACT] = Act.IDENTITY
+    ints[..., RowInt.WHEN_ROW] = -1
+    return floats, ints
+
+
+@dataclass(frozen=True, slots=True)
+class EditTable:
+    """Static tables of one site and one bucket; slot 0 means nothing and is never written.
+
+    Args:
+        enc: ``[S, K, D]`` float32 encoder rows (bfloat16 rows would flip gates near their thresholds).
+        dec: ``[S, K, D_out]`` decoder rows in the model's dtype.
+        row_float: ``[S, K, len(RowFloat)]`` float32.
+        row_int: ``[S, K, len(RowInt)]`` int32.
+        slot_float: ``[S, len(SlotFloat)]`` float32.
+        slot_int: ``[S, len(SlotInt)]`` int32.
+        gain: ``[S, K, 2, B]`` float32 gain tables, for f > 0 and for f < 0.
+    """
+
+    enc: Tensor
+    dec: Tensor
+    row_float: Tensor
+    row_int: Tensor
+    slot_float: Tensor
+    slot_int: Tensor
+    gain: Tensor
+
+    @classmethod
+    def empty(
+        cls,
+        *,
+        slots: int,
+        rows: int,
+        width: int,
+        width_out: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        gain_bins: int = 1,
+    ) -> Self:
+        """Tables for ``slots`` programs (slot 0 comes on top) of ``rows`` features each."""
+        shape = (slots + 1, rows)
+        floats, ints = empty_rows(shape, device)
+        limits = torch.full((slots + 1, len(SlotFloat)), math.inf, device=device)
+        return cls(
+            enc=torch.zeros(*shape, width, device=device),
+            dec=torch.zeros(*shape, width_out, dtype=dtype, device=device),
+            row_float=floats,
+            row_int=ints,
+            slot_float=limits,
+            slot_int=torch.zeros(slots + 1, len(SlotInt), dtype=torch.int32, device=device),
+            gain=torch.ones(*shape, 2, gain_bins, device=device),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tables hold."""
+        return sum(
+            t.nbytes
+            for t in (self.enc, self.dec, self.row_float, self.row_int, self.slot_float, self.slot_int, self.gain)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EditBuffers:
+    """What the op reports, per token. Rows of untouched tokens hold nothing but ``flags = 0`` and ``dose = 0``.
+
+    Args:
+        before: ``[T, K]`` float32 activations ``f``.
+        after: ``[T, K]`` float32 activations ``f'`` (``f`` where an edit did not hold).
+        dose: ``[T]`` float32, ``|delta| / |x|`` as asked for, before the limit.
+        flags: ``[T]`` int32, a :class:`~sae_steer_kernels.feature_edit.layout.Flag` each.
+    """
+
+    before: Tensor
+    after: Tensor
+    dose: Tensor
+    flags: Tensor
+
+    @classmethod
+    def empty(cls, *, tokens: int, rows: int, device: torch.device) -> Self:
+        """Buffers for steps of up to ``tokens`` tokens."""
+        return cls(
+            before=torch.zeros(tokens, rows, device=device),
+            after=torch.zeros(tokens, rows, device=device),
+            dose=torch.zeros(tokens, device=device),
+            flags=torch.zeros(tokens, dtype=torch.int32, device=device),
+        )
+
+    def first(self, tokens: int) -> Self:
+        """A view of the first ``tokens`` rows."""
+        return type(self)(self.before[:tokens], self.after[:tokens], self.dose[:tokens], self.flags[:tokens])
+
+
+@torch.library.custom_op("sae_steer::feature_edit", mutates_args=("y", "before", "after", "dose", "flags"))
+def _feature_edit(
+    y: Tensor,
+    slots: Tensor,
+    bits: Tensor,
+    active: Tensor,
+    enc: Tensor,
+    dec: Tensor,
+    row_float: Tensor,
+    row_int: Tensor,
+    slot_float: Tensor,
+    slot_int: Tensor,
+    gain: Tensor,
+    before: Tensor,
+    after: Tensor,
+    dose: Tensor,
+    flags: Tensor,
+    read: Tensor | None = None,
+    residual: Tensor | None = None,
+    base: Tensor | None = None,
+    rank: Tensor | None = None,
+) -> None:
+    # ``active`` lives on the CPU, so that reading it costs no device synchronisation, and is a tensor, so that a
+    # compiled graph does not bake its value in.
+    if not bool(active):
+        flags.zero_()
+        dose.zero_()
+        return
+    tables = (enc, dec, row_float, row_int, slot_float, slot_int, gain)
+    implementation = FEATURE_EDIT.implementation(y.device)
+    implementation(y, slots, bits, *tables, before, after, dose, flags, read, residual, base, rank)
+
+
+@_feature_edit.register_fake
+def _(
+    y: Tensor,
+    slots: Tensor,
+    bits: Tensor,
+    active: Tensor,
+    enc: Tensor,
+    dec: Tensor,
+    row_float: Tensor,
+    row_int: Tensor,
+    slot_float: Tensor,
+    slot_int: Tensor,
+    gain: Tensor,
+    before: Tensor,
+    after: Tensor,
+    dose: Tensor,
+    flags: Tensor,
+    read: Tensor | None = None,
+    residual: Tensor | None = None,
+    base: Tensor | None = None,
+    rank: Tensor | None = None,
+) -> None:
+    return None
+
+
+def feature_edit(
+    y: Tensor,
+    slots: Tensor,
+    bits: Tensor,
+    active: Tensor,
+    table: EditTable,
+    buffers: EditBuffers,
+    *,
+    read: Tensor | None = None,
+    residual: Tensor | None = None,
+    base: Tensor | None = None,
+    rank: Tensor | None = None,
+) -> None:
+    """Edits ``y`` in place and fills ``buffers``; rows whose slot is 0 stay as they are, to the bit.
+
+    Args:
+        y: ``[T, D_out]`` tensor that is written.
+        slots: ``[T]`` int32 slot of each token; 0 = none.
+        bits: ``[T]`` int32 selectors that hold on each token.
+        active: ``[]`` bool on the CPU: whether any token of the step has a slot. False returns at once.
+        table: The site's static tables.
+        buffers: What is reported, ``T`` rows.
+        read: ``[T, D]`` tensor that is encoded, where it is not ``y``.
+        residual: ``[T, D]`` added to what is encoded (hosts that keep the residual stream in two parts).
+        base: ``[T, D_out]`` ``decode(f) - y`` for tokens that drop the reconstruction error.
+        rank: ``[T, K]`` int32 number of pre-activations above each row's own, where rows are TopK.
+    """
+    tables = (table.enc, table.dec, table.row_float, table.row_int, table.slot_float, table.slot_int, table.gain)
+    outputs = (buffers.before, buffers.after, buffers.dose, buffers.flags)
+    _feature_edit(y, slots, bits, active, *tables, *outputs, read, residual, base, rank)
+
+
+FEATURE_EDIT = Op(
+    name="feature_edit",
+    reference=feature_edit_reference,
+    implementations={"torch": feature_edit_torch},
+    by_device={"cpu": "torch", "cuda": "torch"},
+    # Relative error of one edited row against float64, per dtype of ``y``. The encode, the edit and the sum run in
+    # float32 (24 bits: 1e-7 an operation, some hundred of them); storing to a narrow ``y`` and keeping decoder rows in
+    # its dtype rounds once each, to 2^-8 in bfloat16 and 2^-11 in float16.
+    tolerances={torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float64: 2e-5},
+)

@@ -1,0 +1,135 @@
+"""What a host can do, and the one place that refuses: each row says what is asked, why not, and what to do instead."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from sae_steer.errors import Unsupported
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Something a host cannot honour exactly.
+
+    Args:
+        key: Stable name, such as ``op.app``.
+        what: What is asked, in words.
+        why: Why it cannot be honoured.
+        instead: What to do instead.
+    """
+
+    key: str
+    what: str
+    why: str
+    instead: str
+
+
+_FEATURES = {
+    "op.clamp": "clamp a feature",
+    "op.add": "add to a feature, or along a vector",
+    "op.scale": "scale a feature",
+    "op.ablate": "ablate a feature, or a direction",
+    "op.floor": "floor a feature",
+    "op.cap": "cap a feature",
+    "op.mask_range": "mask a range of a feature",
+    "op.gain": "multiply a feature by a constant gain",
+    "op.app": "attenuate a feature by posterior probabilities",
+    "when": "gate an edit by a feature or a token id",
+    "positions": "choose positions",
+    "error.drop": "drop the reconstruction error",
+    "dose": "limit the dose",
+    "profiles": "use stored profiles",
+    "readings": "send activations back",
+    "on": "act on the request when a feature fires",
+    "prefix_cache": "share the KV cache of common prefixes",
+    "beam_search": "beam search",
+}
+
+_LATER = (
+    Refusal(
+        "op.app",
+        "the op 'app'",
+        "it needs a calibration, and this version cannot make or load one",
+        "use 'mask_range', 'gain' or 'ablate' on the same features",
+    ),
+    Refusal(
+        "readings",
+        "'readings'",
+        "this version does not send activations of its own accord",
+        "read the mean activation before and after the edit in choices[i].steering.applied.features",
+    ),
+    Refusal(
+        "on",
+        "'on' triggers",
+        "this version does not act on a request from a feature",
+        "gate the edit itself with 'when'",
+    ),
+)
+
+
+class Capabilities:
+    """The features of one host and mode.
+
+    Args:
+        host: Name of the host, for the table.
+        refusals: What it cannot honour.
+    """
+
+    def __init__(self, host: str, refusals: Iterable[Refusal]) -> None:
+        self.host = host
+        self._refusals = {refusal.key: refusal for refusal in refusals}
+        unknown = set(self._refusals) - set(_FEATURES)
+        if unknown:
+            raise ValueError(f"unknown capability keys: {sorted(unknown)}")
+
+    def require(self, key: str, *, param: str) -> None:
+        """Raises :class:`Unsupported` where the host cannot honour ``key``; ``param`` is the field that asks for it."""
+        if key in self._refusals:
+            refuse(self._refusals[key], param=param)
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row for each feature: ``{what, supported, why, instead}``."""
+        rows: list[dict[str, Any]] = []
+        for key, what in _FEATURES.items():
+            refusal = self._refusals.get(key)
+            rows.append(
+                {
+                    "key": key,
+                    "what": what,
+                    "supported": refusal is None,
+                    "why": refusal.why if refusal else None,
+                    "instead": refusal.instead if refusal else None,
+                }
+            )
+        return rows
+
+
+def refuse(refusal: Refusal, *, param: str) -> NoReturn:
+    """Raises :class:`Unsupported` with what, why and instead."""
+    raise Unsupported(
+        f"{param}: {refusal.what} cannot be honoured: {refusal.why}. Instead: {refusal.instead}.", param=param
+    )
+
+
+TRANSFORMERS = Capabilities(
+    "transformers",
+    (
+        *_LATER,
+        Refusal(
+            "prefix_cache",
+            "prefix caching",
+            "transformers shares completed blocks by their tokens alone, which would leak steered keys and values",
+            "nothing is needed: it is off, and answers are right",
+        ),
+        Refusal(
+            "beam_search",
+            "beam search",
+            "continuous batching decodes one sequence a request",
+            "ask for several choices with 'n'",
+        ),
+    ),
+)
+"""The embedded server, over transformers' continuous batching."""
+
+IN_PROCESS = Capabilities("in-process", _LATER)
+"""``sae_steer.attach`` on a transformers model in the same process."""

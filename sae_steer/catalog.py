@@ -1,0 +1,235 @@
+"""Named SAEs, plain vectors and profiles: the things a request may refer to.
+
+Names are for people; everything below the compiler goes by fingerprint. SAEs and vectors are fixed at start; profiles are
+a folder that is read again whenever it changed, so that several server processes agree on it.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Self, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sae_steer.errors import CheckpointError, Forbidden, SchemaError, StartError, UnknownName
+from sae_steer.sae import FeatureLabel, Labels, Sae
+from sae_steer.schema import Profile, loads, parse_profile
+from sae_steer.sites import Site
+
+PROFILE_FILE = "profile.json"
+MAX_PROFILE_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogSae:
+    """An SAE under the name that requests use.
+
+    Args:
+        name: The name.
+        sae: The opened checkpoint.
+        site: Where it is attached.
+        labels: Labels and reference maxima, where the checkpoint has them.
+        whole: Whether its whole dictionary is held in memory (needed to drop the error and for TopK).
+    """
+
+    name: str
+    sae: Sae
+    site: Site
+    labels: Labels | None = None
+    whole: bool = False
+
+    @classmethod
+    def make(cls, name: str, sae: Sae, *, site: Site | None = None, whole: bool = False) -> Self:
+        """Names an opened SAE; ``site`` overrides the one its file states. Raises :class:`StartError` without one."""
+        site = site or sae.spec.site
+        if site is None:
+            raise StartError(
+                f"The files of SAE {name!r} do not say where it belongs. Give its site, as in {name}=PATH@resid_post.12."
+            )
+        labels = Labels.load(sae.path)
+        return cls(name, sae, site, labels, whole)
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """A named direction.
+
+    Args:
+        name: The name that requests use.
+        values: ``[D]`` float32.
+        fingerprint: Content hash of the values.
+    """
+
+    name: str
+    values: Tensor
+    fingerprint: str
+
+    @classmethod
+    def make(cls, name: str, values: Tensor) -> Self:
+        """Names a direction ``[D]``; raises :class:`CheckpointError` unless it is finite, flat and not zero."""
+        flat = values.detach().to("cpu", torch.float32).contiguous()
+        if flat.ndim != 1 or flat.numel() == 0 or not bool(flat.isfinite().all()) or not bool(flat.any()):
+            raise CheckpointError(
+                f"Vector {name!r} has shape {list(values.shape)}; needed is one finite row that is not zero."
+            )
+        return cls(name, flat, "sha256:" + hashlib.sha256(flat.numpy().tobytes()).hexdigest())
+
+    @classmethod
+    def load(cls, name: str, path: Path) -> Self:
+        """Reads the one tensor of a safetensors file; raises :class:`CheckpointError`."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                keys = list(file.keys())
+                if len(keys) != 1:
+                    raise CheckpointError(
+                        f"{path} holds {len(keys)} tensors ({', '.join(keys)}); a vector file holds one."
+                    )
+                return cls.make(name, file.get_tensor(keys[0]))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"Vector {name!r}: {path} is not a readable safetensors file: {error}") from error
+
+
+_Named = TypeVar("_Named", CatalogSae, Vector)
+
+
+class ProfileStore:
+    """Profiles in a folder: ``NAME/profile.json`` each. Reads are cached by the file's identity, size and time.
+
+    Args:
+        folder: Where profiles live; None = there are none, and none can be stored.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._cache: dict[str, tuple[tuple[int, int, int], Profile]] = {}
+
+    def names(self) -> list[str]:
+        """Sorted names of the stored profiles."""
+        if self.folder is None or not self.folder.is_dir():
+            return []
+        return sorted(entry.name for entry in self.folder.iterdir() if (entry / PROFILE_FILE).is_file())
+
+    def get(self, name: str) -> Profile:
+        """The profile as it is now on disk; raises :class:`UnknownName`, or :class:`SchemaError` for a broken file."""
+        # Names are compared with the listing, never joined to a path first: nothing of a client's reaches the file system.
+        if name not in self.names() or self.folder is None:
+            known = ", ".join(self.names()) or "none"
+            raise UnknownName(f"There is no profile {name!r}. Profiles: {known}.", code="unknown_profile")
+        path = self.folder / name / PROFILE_FILE
+        stat = path.stat()
+        identity = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        cached = self._cache.get(name)
+        if cached is not None and cached[0] == identity:
+            return cached[1]
+        if stat.st_size > MAX_PROFILE_BYTES:
+            raise SchemaError(f"Profile {name!r} is larger than {MAX_PROFILE_BYTES} bytes.")
+        profile = parse_profile(loads(path.read_bytes()), root=f"profile {name}")
+        if profile.name != name:
+            raise SchemaError(f"The profile in folder {name!r} calls itself {profile.name!r}; the two must agree.")
+        self._cache[name] = identity, profile
+        return profile
+
+    def put(self, profile: Profile) -> None:
+        """Stores a profile atomically; raises :class:`Forbidden` where there is no folder."""
+        folder = self._writable()
+        folder.mkdir(parents=True, exist_ok=True)
+        text = profile.model_dump_json(indent=2, exclude_defaults=True)
+        target = folder / profile.name
+        target.mkdir(exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=target, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target / PROFILE_FILE)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+
+    def delete(self, name: str) -> None:
+        """Removes a profile; raises :class:`UnknownName` or :class:`Forbidden`."""
+        self.get(name)
+        shutil.rmtree(self._writable() / name)
+
+    def _writable(self) -> Path:
+        if self.folder is None:
+            raise Forbidden("This server has no folder for profiles. Start it with --profiles DIR.")
+        return self.folder
+
+
+class Catalog:
+    """Everything that requests may name.
+
+    Args:
+        saes: The SAEs; two of one name raise :class:`StartError`.
+        vectors: The plain vectors; likewise.
+        profiles: Folder of profiles.
+    """
+
+    def __init__(
+        self,
+        saes: Iterable[CatalogSae],
+        vectors: Iterable[Vector] = (),
+        profiles: Path | None = None,
+    ) -> None:
+        self.saes: Mapping[str, CatalogSae] = _by_name(saes, "SAE")
+        self.vectors: Mapping[str, Vector] = _by_name(vectors, "vector")
+        self.profiles = ProfileStore(profiles)
+
+    def sae(self, name: str, *, param: str | None = None) -> CatalogSae:
+        """The SAE of that name; raises :class:`UnknownName` with those there are."""
+        if name not in self.saes:
+            raise UnknownName(f"There is no SAE {name!r}. SAEs: {_known(self.saes)}.", param=param, code="unknown_sae")
+        return self.saes[name]
+
+    def vector(self, name: str, *, param: str | None = None) -> Vector:
+        """The vector of that name; raises :class:`UnknownName` with those there are."""
+        if name not in self.vectors:
+            raise UnknownName(
+                f"There is no vector {name!r}. Vectors: {_known(self.vectors)}.", param=param, code="unknown_vector"
+            )
+        return self.vectors[name]
+
+    def profile_names(self) -> list[str]:
+        """Sorted names of the profiles, as the folder is now."""
+        return self.profiles.names()
+
+    def profile(self, name: str) -> Profile:
+        """A profile by name; raises :class:`UnknownName`."""
+        return self.profiles.get(name)
+
+    def put_profile(self, profile: Profile) -> None:
+        """Stores a profile; raises :class:`Forbidden` where there is no folder."""
+        self.profiles.put(profile)
+
+    def delete_profile(self, name: str) -> None:
+        """Removes a profile; raises :class:`UnknownName` or :class:`Forbidden`."""
+        self.profiles.delete(name)
+
+    def search_features(self, sae: str, query: str, limit: int) -> list[FeatureLabel]:
+        """Labelled features of one SAE whose label contains ``query``; raises :class:`UnknownName`."""
+        labels = self.sae(sae, param="sae").labels
+        return labels.search(query, limit) if labels is not None else []
+
+
+def _by_name(items: Iterable[_Named], what: str) -> Mapping[str, _Named]:
+    found: dict[str, _Named] = {}
+    for item in items:
+        if item.name in found:
+            raise StartError(f"Two {what}s are called {item.name!r}.")
+        found[item.name] = item
+    return MappingProxyType(found)
+
+
+def _known(names: Mapping[str, object]) -> str:
+    return ", ".join(sorted(names)) or "none"

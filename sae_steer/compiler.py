@@ -1,0 +1,291 @@
+"""From what a user sent to a program: gather, merge, resolve, check. One function a pass.
+
+Everything that can be refused is refused here, before any model work, with the JSON path of the field at fault.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from sae_steer.capabilities import Capabilities
+from sae_steer.catalog import Catalog
+from sae_steer.errors import DuplicateEdit, LimitExceeded, RequestError, UnknownName, Unsupported
+from sae_steer.lowering import check_features, check_topk, rows_of
+from sae_steer.program import Gate, Phase, Program, Row, Selector, SiteProgram
+from sae_steer.sae import InputNorm
+from sae_steer.schema import Intervention, Positions, Ranges, Steering, When
+from sae_steer.sites import Site
+
+MAX_SELECTORS = 31  # a token carries its selectors as the bits of an int32
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a host holds; requests beyond it are refused.
+
+    Args:
+        max_programs: Slots for programs of up to ``rows`` features a site.
+        rows: Features (edited or gating) at one site in an ordinary slot.
+        wide_programs: Slots for wider programs.
+        wide_rows: Features at one site in a wide slot.
+        max_edits: Edited features in one request, over all sites.
+    """
+
+    max_programs: int = 32
+    rows: int = 16
+    wide_programs: int = 4
+    wide_rows: int = 512
+    max_edits: int = 512
+
+    @property
+    def widest(self) -> int:
+        """The most rows that a program may have at one site."""
+        return max(self.rows, self.wide_rows if self.wide_programs else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Edit:
+    """An intervention and where it was written."""
+
+    intervention: Intervention
+    path: str
+    profile: str | None
+
+
+@dataclass(slots=True)
+class _SiteBuilder:
+    """The rows of one site while they are being gathered: one for each (source, feature)."""
+
+    site: Site
+    rows: dict[tuple[str, int], Row] = field(default_factory=dict)
+    paths: dict[tuple[str, int], _Edit] = field(default_factory=dict)
+
+    def gate_row(self, source: str, feature: int) -> int:
+        """The number of a row that is read, making one that edits nothing where there is none yet."""
+        self.rows.setdefault((source, feature), Row(source, feature))
+        return list(self.rows).index((source, feature))
+
+
+def compile_program(
+    steering: Steering,
+    catalog: Catalog,
+    capabilities: Capabilities,
+    limits: Limits,
+    *,
+    sites: Sequence[Site],
+    bos_token_id: int | None,
+) -> Program | None:
+    """Compiles a validated ``steering`` field.
+
+    Args:
+        steering: What the user sent.
+        catalog: What the names mean.
+        capabilities: What the host can honour.
+        limits: What the host holds.
+        sites: The places that the host has hooked.
+        bos_token_id: The model's beginning-of-sequence token, for ``skip_bos``.
+
+    Returns:
+        The program, or None where nothing is asked.
+
+    Raises:
+        RequestError: Any of its subclasses, with ``param`` set.
+    """
+    _require(steering, capabilities)
+    edits = list(_gather(steering, catalog))
+    if not edits:
+        return None
+    selectors: dict[Selector, int] = {}
+    builders: dict[Site, _SiteBuilder] = {}
+    for edit in edits:
+        _require_edit(edit, capabilities)
+        _resolve(edit, catalog, sites, selectors, builders, steering.override, bos_token_id)
+    _gates(edits, catalog, builders)
+    drops = _drops(steering, catalog, builders)
+    limit, on_dose = (steering.dose.limit, steering.dose.on_dose) if steering.dose else (math.inf, "fail")
+    program = Program(
+        sites=tuple(
+            SiteProgram(builder.site, tuple(builder.rows.values()), drops.get(builder.site))
+            for builder in sorted(builders.values(), key=lambda b: (b.site.write.order, b.site.read.order))
+        ),
+        selectors=tuple(selectors),
+        dose_limit=limit,
+        on_dose=on_dose,  # type: ignore[arg-type]  # the schema's Literal, through a tuple
+    )
+    _check_limits(program, limits)
+    return program
+
+
+def _require(steering: Steering, capabilities: Capabilities) -> None:
+    """Refuses what the host cannot honour, of the fields beside the interventions."""
+    if steering.readings is not None:
+        capabilities.require("readings", param="steering.readings")
+    if steering.on:
+        capabilities.require("on", param="steering.on")
+    if steering.error == "drop":
+        capabilities.require("error.drop", param="steering.error")
+    if steering.dose is not None:
+        capabilities.require("dose", param="steering.dose")
+    if steering.profiles:
+        capabilities.require("profiles", param="steering.profiles")
+
+
+def _require_edit(edit: _Edit, capabilities: Capabilities) -> None:
+    """Refuses what the host cannot honour, of one intervention."""
+    capabilities.require(f"op.{edit.intervention.op}", param=f"{edit.path}.op")
+    if edit.intervention.when is not None:
+        capabilities.require("when", param=f"{edit.path}.when")
+    if edit.intervention.positions != "all":
+        capabilities.require("positions", param=f"{edit.path}.positions")
+
+
+def _gather(steering: Steering, catalog: Catalog) -> Iterator[_Edit]:
+    """The edits of the profiles, in order, then those of the request itself."""
+    for number, name in enumerate(steering.profiles):
+        param = f"steering.profiles[{number}]"
+        if name in steering.profiles[:number]:
+            raise DuplicateEdit(f"{param}: the profile {name!r} is named twice.", param=param)
+        try:
+            profile = catalog.profile(name)
+        except UnknownName as error:
+            error.param = param
+            raise
+        for sae, fingerprint in profile.saes.items():
+            have = catalog.sae(sae, param=param).sae.fingerprint
+            if have != fingerprint:
+                raise RequestError(
+                    f"{param}: profile {name!r} was made for SAE {sae!r} {fingerprint}, and this server has {have}.",
+                    param=param,
+                    code="fingerprint_mismatch",
+                )
+        for i, intervention in enumerate(profile.interventions):
+            yield _Edit(intervention, f"{param}.interventions[{i}]", name)
+    for i, intervention in enumerate(steering.interventions):
+        yield _Edit(intervention, f"steering.interventions[{i}]", None)
+
+
+def _resolve(
+    edit: _Edit,
+    catalog: Catalog,
+    sites: Sequence[Site],
+    selectors: dict[Selector, int],
+    builders: dict[Site, _SiteBuilder],
+    override: bool,
+    bos_token_id: int | None,
+) -> None:
+    """Turns one intervention into rows of its site; a later edit of the same feature is an error or an override."""
+    selector = _selector(edit, bos_token_id)
+    number = selectors.setdefault(selector, len(selectors))
+    site, rows = rows_of(edit.intervention, edit.path, catalog, sites)
+    builder = builders.setdefault(site, _SiteBuilder(site))
+    for row in rows:
+        key = (row.source, row.feature)
+        earlier = builder.paths.get(key)
+        if earlier is not None and not (override and earlier.profile is not None and edit.profile is None):
+            what = f"feature {row.feature}" if row.feature >= 0 else "the vector"
+            raise DuplicateEdit(
+                f"{edit.path}: {what} is edited already, by {earlier.path}. Edit it once"
+                + (
+                    ', or say "override": true to replace the profile\'s edit.'
+                    if earlier.profile and not edit.profile
+                    else "."
+                ),
+                param=edit.path,
+            )
+        builder.rows[key] = replace(row, selector=number)
+        builder.paths[key] = edit
+
+
+def _selector(edit: _Edit, bos_token_id: int | None) -> Selector:
+    """The positions and token ids on which an edit holds."""
+    intervention = edit.intervention
+    if intervention.skip_bos and bos_token_id is None:
+        raise Unsupported(
+            f"{edit.path}.skip_bos: this model has no beginning-of-sequence token. Leave 'skip_bos' out.",
+            param=f"{edit.path}.skip_bos",
+        )
+    phase, ranges = _positions(intervention.positions)
+    tokens = intervention.when.token_in if intervention.when else None
+    return Selector(
+        phase,
+        ranges,
+        bos_token_id if intervention.skip_bos else None,
+        tuple(sorted(set(tokens))) if tokens is not None else None,
+    )
+
+
+def _positions(positions: Positions) -> tuple[Phase, tuple[tuple[int, int], ...]]:
+    if isinstance(positions, Ranges):
+        return Phase.RANGES, tuple(sorted({(start, end) for start, end in positions.ranges}))
+    return Phase(positions), ()
+
+
+def _gates(edits: Sequence[_Edit], catalog: Catalog, builders: dict[Site, _SiteBuilder]) -> None:
+    """Attaches the feature gates, once all rows are there to be referred to."""
+    for builder in list(builders.values()):
+        for key, edit in list(builder.paths.items()):
+            when = edit.intervention.when
+            if when is not None and when.sae is not None:
+                builder.rows[key] = replace(builder.rows[key], gate=_gate(when, edit.path, builder, catalog))
+
+
+def _gate(when: When, path: str, builder: _SiteBuilder, catalog: Catalog) -> Gate:
+    assert when.sae is not None and when.feature is not None  # the schema demands them together
+    entry = catalog.sae(when.sae, param=f"{path}.when.sae")
+    if entry.site.read != builder.site.read:
+        raise Unsupported(
+            f"{path}.when.sae: {when.sae!r} reads {entry.site}, and the edit is at {builder.site}. A gate must be at the same site.",
+            param=f"{path}.when.sae",
+        )
+    check_features(entry, [when.feature], f"{path}.when.feature")
+    check_topk(entry, f"{path}.when.sae")
+    row = builder.gate_row(entry.sae.fingerprint, when.feature)
+    above = when.above if when.above is not None else -math.inf
+    return Gate(row, above, when.below if when.below is not None else math.inf)
+
+
+def _drops(steering: Steering, catalog: Catalog, builders: dict[Site, _SiteBuilder]) -> dict[Site, str]:
+    """The SAE whose reconstruction error is dropped at each site: exactly one there, whole, and exactly decodable."""
+    if steering.error == "keep":
+        return {}
+    entries = {entry.sae.fingerprint: entry for entry in catalog.saes.values()}
+    found: dict[Site, str] = {}
+    for site, builder in builders.items():
+        sources = {source for source, _ in builder.rows}
+        saes = [entries[source] for source in sources if source in entries]
+        if len(saes) != 1 or len(sources) != 1:
+            raise Unsupported(
+                f"steering.error: 'drop' replaces the tensor at {site} by one SAE's decoding, and this request uses "
+                f"{len(sources)} there (SAEs, vectors). Use one SAE alone, or 'keep'.",
+                param="steering.error",
+            )
+        (entry,) = saes
+        if not entry.whole:
+            raise Unsupported(
+                f"steering.error: 'drop' needs the whole dictionary of {entry.name!r}, and only single rows of it are loaded. "
+                f"Start the server with --whole {entry.name}.",
+                param="steering.error",
+            )
+        if site.read != site.write and entry.sae.spec.input_norm is not InputNorm.NONE:
+            raise Unsupported(
+                f"steering.error: {entry.name!r} normalises its input and writes elsewhere, so its decoding has no exact scale. "
+                "Use 'keep'.",
+                param="steering.error",
+            )
+        found[site] = entry.sae.fingerprint
+    return found
+
+
+def _check_limits(program: Program, limits: Limits) -> None:
+    """Refuses what no slot of this host could hold."""
+    edited = sum(row.selector >= 0 for site in program.sites for row in site.rows)
+    checks = (
+        (edited, limits.max_edits, "edited features in one request"),
+        (program.rows, limits.widest, "features (edited or gating) at one site"),
+        (len(program.selectors), MAX_SELECTORS, "different combinations of positions, skip_bos and token_in"),
+    )
+    for have, most, what in checks:
+        if have > most:
+            raise LimitExceeded(
+                f"steering.interventions: {have} {what}; this server holds {most}.", param="steering.interventions"
+            )

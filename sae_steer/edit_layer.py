@@ -1,0 +1,110 @@
+"""The edit at one site: reads the tables and the step's map, calls the ops. Hosts put it into the model."""
+
+import torch
+from torch import Tensor
+
+from sae_steer.errors import Unsupported
+from sae_steer.sites import Site
+from sae_steer.step import StepMap
+from sae_steer.tables import SiteTables
+from sae_steer_kernels import EditBuffers, feature_edit, reconstruct, topk_rank
+
+
+class EditLayer:
+    """Edits a site's tensor in place.
+
+    Args:
+        tables: The site's tables.
+        step: The token -> slot map that all sites share.
+    """
+
+    def __init__(self, tables: SiteTables, step: StepMap) -> None:
+        self.tables = tables
+        self.step = step
+        # One flag a bucket, on the CPU: the op reads it without a device synchronisation, and a compiled graph does not
+        # bake it in. ``enabled`` is their disjunction, for eager code, where an idle site costs one attribute look-up.
+        self.active = tuple(torch.zeros((), dtype=torch.bool) for _ in tables.tables)
+        self.enabled = False
+        self._allocate(step.capacity)
+
+    @property
+    def site(self) -> Site:
+        """Where the layer is."""
+        return self.tables.site
+
+    def _allocate(self, tokens: int) -> None:
+        device = self.tables.device
+        self.capacity = tokens
+        self.buffers = tuple(
+            EditBuffers.empty(tokens=tokens, rows=table.enc.shape[1], device=device) for table in self.tables.tables
+        )
+        wholes = self.tables.wholes
+        self._base = torch.zeros(tokens, self.tables.width_out, device=device) if wholes else None
+        self._ranks = tuple(
+            torch.zeros(tokens, table.enc.shape[1], dtype=torch.int32, device=device) if wholes else None
+            for table in self.tables.tables
+        )
+
+    @property
+    def armed(self) -> bool:
+        """Whether the ops must be called: a program is at work here, or a graph is being compiled that must hold them."""
+        return self.enabled or torch.compiler.is_compiling()
+
+    def arm(self, buckets: frozenset[int]) -> None:
+        """Says which buckets have a program at this site in the next step; grows the buffers with the step's map."""
+        self.enabled = bool(buckets)
+        for number, flag in enumerate(self.active):
+            flag.fill_(number in buckets)
+        if self.capacity < self.step.capacity:
+            self._allocate(self.step.capacity)
+
+    def __call__(self, y: Tensor, read: Tensor | None = None, residual: Tensor | None = None) -> None:
+        """Edits ``y [..., D_out]`` in place, rows in the order of the step's map.
+
+        Args:
+            y: The tensor that is written.
+            read: ``[..., D]`` what is encoded, where it is not ``y``.
+            residual: ``[..., D]`` added to what is encoded.
+        """
+        if not self.armed:
+            return
+        flat = y.reshape(-1, y.shape[-1])
+        self._edit(flat, _flat(read), _flat(residual))
+        # ``reshape`` copies only where a view is impossible.
+        if flat.data_ptr() != y.data_ptr():
+            y.copy_(flat.view(y.shape))
+
+    def _edit(self, y: Tensor, read: Tensor | None, residual: Tensor | None) -> None:
+        tokens = y.shape[0]
+        bits = self.step.bits[:tokens]
+        base = self._base[:tokens] if self._base is not None else None
+        for number, table in enumerate(self.tables.tables):
+            slots, active = self.step.slots[number][:tokens], self.active[number]
+            all_ranks = self._ranks[number]
+            ranks = all_ranks[:tokens] if all_ranks is not None else None
+            for whole in self.tables.wholes:
+                assert base is not None and ranks is not None  # allocated together with the wholes
+                own = (whole.enc, whole.row_float, whole.row_int)
+                rows = (table.enc, table.row_float, table.row_int, table.slot_int)
+                topk_rank(y, slots, active, *rows, whole.number, *own, ranks, read, residual)
+                decoder = (whole.dec, whole.dec_bias)
+                reconstruct(
+                    y, slots, bits, active, table.slot_int, whole.number,
+                    whole.enc, *decoder, whole.row_float, whole.row_int, base, read, residual,
+                )  # fmt: skip
+            feature_edit(
+                y, slots, bits, active, table, self.buffers[number].first(tokens),
+                read=read, residual=residual, base=base, rank=ranks,
+            )  # fmt: skip
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+def refuse_gradients(y: Tensor) -> None:
+    """Raises :class:`Unsupported` where an edit in place would break a backward pass."""
+    if torch.is_grad_enabled() and y.requires_grad:
+        raise Unsupported(
+            "Steering edits activations in place and has no gradient. Run the model under torch.no_grad()."
+        )

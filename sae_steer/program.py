@@ -1,0 +1,215 @@
+"""The compiled program: what one request asks, resolved against the catalog, frozen, hashable and free of any host.
+
+Two requests that mean the same have equal programs, whatever names they used; the digest is their content (SAE
+fingerprints, canonical edits), never a name.
+"""
+
+import enum
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sae_steer.sites import Site
+
+
+class Phase(enum.StrEnum):
+    """Which positions of a request of ``P`` prompt tokens a selector holds on."""
+
+    ALL = "all"
+    PROMPT = "prompt"  # p < P - 1
+    COMPLETION = "completion"  # p >= P - 1: the positions whose output predicts a completion token
+    RANGES = "ranges"  # half-open, absolute
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """Which tokens an edit holds on, by position and by token id; gates by features are the kernel's business.
+
+    Args:
+        phase: Which positions.
+        ranges: Half-open position ranges, for :attr:`Phase.RANGES`.
+        skip_token: Id of the beginning-of-sequence token where it is left alone.
+        token_in: Token ids on which the edit holds; None = every one.
+    """
+
+    phase: Phase
+    ranges: tuple[tuple[int, int], ...] = ()
+    skip_token: int | None = None
+    token_in: tuple[int, ...] | None = None
+
+    def by_position(self, positions: NDArray[np.int64], prompt_length: int) -> NDArray[np.bool_]:
+        """Whether the selector's positions hold: ``[T]`` absolute positions to ``[T]``."""
+        match self.phase:
+            case Phase.ALL:
+                return np.ones(positions.shape, dtype=np.bool_)
+            case Phase.PROMPT:
+                return positions < prompt_length - 1
+            case Phase.COMPLETION:
+                return positions >= prompt_length - 1
+            case Phase.RANGES:
+                held = [(positions >= start) & (positions < end) for start, end in self.ranges]
+                return np.logical_or.reduce(held)
+
+    def holds(self, positions: NDArray[np.int64], tokens: NDArray[np.int64], prompt_length: int) -> NDArray[np.bool_]:
+        """Whether an edit holds on each token, its feature gate aside.
+
+        Args:
+            positions: ``[T]`` absolute positions in the request.
+            tokens: ``[T]`` token ids.
+            prompt_length: ``P``, the number of prompt tokens.
+        """
+        held = self.by_position(positions, prompt_length)
+        if self.skip_token is not None:
+            held = held & (tokens != self.skip_token)
+        if self.token_in is not None:
+            held = held & np.isin(tokens, self.token_in)
+        return held
+
+
+@dataclass(frozen=True, slots=True)
+class GainTable:
+    """A gain ``G(f)`` for each side of zero: values at the centres ``(b + 1/2) * width`` of the bins of ``|f|``."""
+
+    width_pos: float
+    positive: tuple[float, ...]
+    width_neg: float = 0.0
+    negative: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """An edit holds where ``above < f < below`` for the feature of another row of the same site."""
+
+    row: int
+    above: float = -math.inf
+    below: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One feature, or one plain direction, that a program reads at a site and mostly edits.
+
+    ``f' = clip(scale f + shift, lo, hi) * G(f)^gamma``, and 0 where ``mask_lo <= f <= mask_hi``.
+
+    Args:
+        source: Fingerprint of the SAE, or of the vector.
+        feature: Number of the feature; -1 for a plain direction.
+        op: The operation's name, for the report; "" for a row that only gates others.
+        unit: For a direction, whether its rows are the unit direction (else it is added as it is).
+        norm_units: Whether shift, lo and hi are multiples of the token's length.
+        selector: Number of the selector in the program; -1 for a row that only gates others.
+        gate: The feature gate.
+        gain: The gain table.
+    """
+
+    source: str
+    feature: int
+    op: str = ""
+    unit: bool = False
+    scale: float = 1.0
+    shift: float = 0.0
+    lo: float = -math.inf
+    hi: float = math.inf
+    mask_lo: float = math.inf
+    mask_hi: float = -math.inf
+    gamma: float = 1.0
+    norm_units: bool = False
+    selector: int = -1
+    gate: Gate | None = None
+    gain: GainTable | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SiteProgram:
+    """What a program does at one site.
+
+    Args:
+        site: The site.
+        rows: Its rows, at most as many as a slot holds.
+        drop: Fingerprint of the SAE whose reconstruction error is dropped; None = keep.
+    """
+
+    site: Site
+    rows: tuple[Row, ...]
+    drop: str | None = None
+
+    @property
+    def drop_selectors(self) -> tuple[int, ...]:
+        """Selectors on whose tokens the error is dropped: those of the dropped SAE's edits, whatever gates decide."""
+        held = {row.selector for row in self.rows if row.source == self.drop and row.selector >= 0}
+        return tuple(sorted(held))
+
+
+@dataclass(frozen=True)
+class Program:
+    """A request's interventions, resolved, validated and compiled.
+
+    Args:
+        sites: What happens at each site, in the model's order.
+        selectors: The distinct selectors of all rows; a row refers to one by number.
+        dose_limit: Largest ``|sum of deltas| / |x|`` per token and site; inf = no limit.
+        on_dose: What happens beyond it.
+    """
+
+    sites: tuple[SiteProgram, ...]
+    selectors: tuple[Selector, ...]
+    dose_limit: float = math.inf
+    on_dose: Literal["fail", "scale"] = "fail"
+
+    @cached_property
+    def digest(self) -> str:
+        """Content hash: equal programs, and only they, have equal digests."""
+        canonical = json.dumps(_plain(self), sort_keys=True, separators=(",", ":"))
+        return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def rows(self) -> int:
+        """The largest number of rows at one site: what a slot must hold."""
+        return max(len(site.rows) for site in self.sites)
+
+    def bits(self, positions: NDArray[np.int64], tokens: NDArray[np.int64], prompt_length: int) -> NDArray[np.int32]:
+        """For each token, the mask of the selectors that hold on it: bit j for selector j, ``[T]`` int32."""
+        mask = np.zeros(positions.shape, dtype=np.int32)
+        for number, selector in enumerate(self.selectors):
+            mask |= selector.holds(positions, tokens, prompt_length).astype(np.int32) << np.int32(number)
+        return mask
+
+    def footprint(self, positions: NDArray[np.int64], prompt_length: int) -> NDArray[np.bool_]:
+        """Which positions the program may touch, whatever gates and token ids decide there: ``[T]`` to ``[T]``."""
+        held = [selector.by_position(positions, prompt_length) for selector in self.selectors]
+        return np.logical_or.reduce(held)
+
+    def first_touched(self, length: int, prompt_length: int) -> int | None:
+        """First position below ``length`` that the program may touch, or None: where cache blocks begin to differ."""
+        held = self.footprint(np.arange(length), prompt_length)
+        return int(held.argmax()) if held.any() else None
+
+    def describe(self) -> dict[str, Any]:
+        """What was asked, for people and logs: sites, operations and numbers of features."""
+        return {
+            "program": self.digest,
+            "sites": {
+                str(site.site): [f"{row.op} {row.feature}" for row in site.rows if row.selector >= 0]
+                for site in self.sites
+            },
+        }
+
+
+def _plain(value: object) -> Any:
+    """A value as plain JSON with every float exact (hex), for hashing."""
+    if isinstance(value, float):
+        return value.hex()
+    if isinstance(value, Site | enum.Enum):
+        return str(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    if hasattr(value, "__dataclass_fields__"):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}  # type: ignore[arg-type]
+    return value

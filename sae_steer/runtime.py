@@ -1,0 +1,206 @@
+"""Slot tables, the step's map and edit layers, hooked into one transformers model: what a host drives."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from sae_steer.catalog import Catalog
+from sae_steer.compiler import Limits
+from sae_steer.edit_layer import EditLayer
+from sae_steer.errors import WidthMismatch
+from sae_steer.families import width
+from sae_steer.hooks import install
+from sae_steer.program import Program
+from sae_steer.report import Run
+from sae_steer.sites import Site
+from sae_steer.slots import Bucket, Slot, SlotPool
+from sae_steer.step import Span, StepMap
+from sae_steer.tables import SiteTables
+
+
+@dataclass(frozen=True, slots=True)
+class StepSummary:
+    """What one forward pass held.
+
+    Args:
+        tokens: Tokens that at least one edit may have touched.
+        edits: (token, feature) pairs that changed.
+        programs: Different programs in this forward pass.
+    """
+
+    tokens: int = 0
+    edits: int = 0
+    programs: int = 0
+
+
+class Runtime:
+    """Steers one model. Use :meth:`attach`.
+
+    Slots may be acquired and released from any thread; :meth:`begin_step` and :meth:`end_step` belong to the thread that
+    runs the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, catalog: Catalog, limits: Limits, sites: Sequence[Site]) -> None:
+        self.catalog = catalog
+        self.limits = limits
+        self.sites = tuple(sites)
+        buckets = [Bucket(limits.max_programs, limits.rows)]
+        if limits.wide_programs:
+            buckets.append(Bucket(limits.wide_programs, limits.wide_rows))
+        self._pool = SlotPool(buckets)
+        self._lock = threading.Lock()
+        self._step = StepMap(len(buckets), model.device)
+        self._layers = {site: EditLayer(self._tables(model, site, buckets), self._step) for site in self.sites}
+        self._names = {entry.sae.fingerprint: name for name, entry in catalog.saes.items()} | {
+            vector.fingerprint: name for name, vector in catalog.vectors.items()
+        }
+        self._handles: list[RemovableHandle] = []
+
+    @classmethod
+    def attach(cls, model: PreTrainedModel, catalog: Catalog, *, limits: Limits, sites: Sequence[Site] = ()) -> Self:
+        """Allocates the tables and hooks the sites of the catalog's SAEs, and ``sites`` beside them.
+
+        Raises:
+            WidthMismatch: An SAE or a vector does not fit the model.
+            SiteError: The model has no such place.
+            CheckpointError: An SAE that is held whole cannot be read.
+        """
+        wanted = dict.fromkeys([*(entry.site for entry in catalog.saes.values()), *sites])
+        ordered = sorted(wanted, key=lambda site: (site.write.order, site.read.order))
+        runtime = cls(model, catalog, limits, ordered)
+        for layer in runtime._layers.values():
+            runtime._handles.extend(install(model, layer))
+        return runtime
+
+    def _tables(self, model: PreTrainedModel, site: Site, buckets: Sequence[Bucket]) -> SiteTables:
+        """Allocates a site's tables, once all that belongs there fits the model."""
+        reads, writes = width(model, site.read), width(model, site.write)
+        entries = [entry for entry in self.catalog.saes.values() if entry.site == site]
+        for entry in entries:
+            for what, have, need in (("reads", entry.sae.spec.d_in, reads), ("writes", entry.sae.spec.d_out, writes)):
+                if have != need:
+                    raise WidthMismatch(
+                        f"SAE {entry.name!r} {what} vectors of width {have}, and the model's {site} has width {need}. "
+                        "It was trained on another model, or on another place of it."
+                    )
+        if site.read == site.write:
+            for vector in self.catalog.vectors.values():
+                if vector.values.numel() != writes:
+                    raise WidthMismatch(
+                        f"Vector {vector.name!r} has width {vector.values.numel()}, and the model's {site} has width {writes}."
+                    )
+        return SiteTables(
+            site,
+            entries,
+            {vector.fingerprint: vector for vector in self.catalog.vectors.values()},
+            buckets=buckets,
+            width=reads,
+            width_out=writes,
+            dtype=model.dtype,
+            device=model.device,
+        )
+
+    def detach(self) -> None:
+        """Takes the hooks out of the model; the model is then as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables of all sites."""
+        return sum(layer.tables.nbytes for layer in self._layers.values())
+
+    @property
+    def slots_in_use(self) -> int:
+        """Slots that a request holds."""
+        return self._pool.in_use
+
+    def acquire(self, program: Program) -> Slot | None:
+        """Takes a slot for a program and loads it, or shares the one that an equal program has.
+
+        Returns:
+            The slot; None where all are held: the request must wait, and never run unsteered.
+
+        Raises:
+            CheckpointError: A row cannot be read. The slot is given back.
+        """
+        with self._lock:
+            found = self._pool.acquire(program.digest, program.rows)
+            if found is None:
+                return None
+            slot, fresh = found
+            if fresh:
+                try:
+                    self._load(program, slot)
+                except BaseException:
+                    self._pool.forget(program.digest)
+                    raise
+            return slot
+
+    def _load(self, program: Program, slot: Slot) -> None:
+        parts = {part.site: part for part in program.sites}
+        for site, layer in self._layers.items():
+            if site in parts:
+                layer.tables.write(slot.bucket, slot.index, parts[site], program)
+            else:
+                layer.tables.clear(slot.bucket, slot.index)
+
+    def release(self, program: Program) -> None:
+        """Gives back one hold on a program's slot."""
+        with self._lock:
+            self._pool.release(program.digest)
+
+    def start_run(self, program: Program, slot: Slot, prompt_length: int) -> Run:
+        """A run of a program that holds a slot, for a request of ``prompt_length`` prompt tokens."""
+        return Run(program, slot, prompt_length)
+
+    def report(self, run: Run) -> dict[str, Any]:
+        """The ``applied`` block of a run."""
+        return run.report(lambda fingerprint: self._names[fingerprint])
+
+    def begin_step(self, spans: Sequence[Span]) -> None:
+        """Lays out the next forward pass: ``spans`` in the order of its flattened tokens."""
+        self._step.fill(spans)
+        armed: dict[Site, set[int]] = {site: set() for site in self.sites}
+        for placed in self._step.placed:
+            for part in placed.run.program.sites:
+                armed[part.site].add(placed.run.slot.bucket)
+        for site, layer in self._layers.items():
+            layer.arm(frozenset(armed[site]))
+
+    def end_step(self) -> StepSummary:
+        """Gathers what the forward pass did into its runs, and lays out an idle step."""
+        placed = self._step.placed
+        if not placed:
+            return StepSummary()
+        touched = np.zeros(self._step.capacity, dtype=np.bool_)
+        edits = 0
+        for site, layer in self._layers.items():
+            if not layer.enabled:
+                continue
+            for number, buffers in enumerate(layer.buffers):
+                here = [p for p in placed if p.run.slot.bucket == number and p.run.tally(site) is not None]
+                if not here:
+                    continue
+                end = max(p.first + p.positions.size for p in here)
+                view = buffers.first(end)
+                before, after, dose, flags = (t.cpu().numpy() for t in (view.before, view.after, view.dose, view.flags))
+                for p in here:
+                    cut = slice(p.first, p.first + p.positions.size)
+                    tally = p.run.tally(site)
+                    assert tally is not None  # filtered above
+                    edits += tally.add(p.positions, p.bits, before[cut], after[cut], dose[cut], flags[cut])
+                    p.run.judge(site, flags[cut], dose[cut])
+                    touched[cut] |= flags[cut] != 0
+        programs = len({p.run.program.digest for p in placed})
+        summary = StepSummary(int(touched.sum()), edits, programs)
+        self._step.clear()
+        for layer in self._layers.values():
+            layer.arm(frozenset())
+        return summary

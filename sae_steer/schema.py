@@ -1,0 +1,368 @@
+"""What a user may send: the ``steering`` field, closed and strict.
+
+The models here say what is well formed; whether the names exist and the numbers fit is the compiler's business. Numbers
+must be JSON numbers (no strings, no booleans), finite, and every unknown key is an error, so that a typing mistake can
+never turn into a request that is not steered as asked.
+"""
+
+import json
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
+
+from sae_steer.errors import SchemaError
+
+MAX_INTERVENTIONS = 256
+MAX_FEATURES = 16384
+MAX_RANGES = 64
+MAX_DEPTH = 32
+
+Name = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}$", description="A name in the server's catalog.")
+]
+FeatureId = Annotated[int, Field(ge=0, lt=2**31, description="Number of a feature in its SAE, from 0.")]
+PositionIndex = Annotated[int, Field(ge=0, lt=2**31)]
+# Bounded so that no product of two of them overflows float32 before the dose limit sees it.
+Value = Annotated[float, Field(ge=-1e12, le=1e12)]
+Values = Annotated[
+    Value | Annotated[list[Value], Field(min_length=1, max_length=MAX_FEATURES)],
+    Field(description="One number, or one per feature."),
+]
+
+
+class Closed(BaseModel):
+    """Base of all wire models: unknown keys, coercions and non-finite numbers are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class When(Closed):
+    """A gate on an edit: a feature of an SAE at the same site on the same token, the token's id, or both."""
+
+    sae: Name | None = None
+    feature: FeatureId | None = None
+    above: Value | None = Field(None, description="The edit holds where the feature is strictly above this.")
+    below: Value | None = Field(None, description="The edit holds where the feature is strictly below this.")
+    token_in: Annotated[list[PositionIndex], Field(min_length=1, max_length=1024)] | None = Field(
+        None, description="The edit holds on tokens with one of these ids."
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> "When":
+        named = self.sae is not None, self.feature is not None
+        bounded = self.above is not None or self.below is not None
+        if any(named) or bounded:
+            if not (all(named) and bounded):
+                raise ValueError("a gate by a feature needs 'sae', 'feature' and at least one of 'above' and 'below'")
+        elif self.token_in is None:
+            raise ValueError("an empty gate: give 'sae', 'feature' and 'above' or 'below', or give 'token_in'")
+        return self
+
+
+class Ranges(Closed):
+    """Half-open ranges of absolute token positions."""
+
+    ranges: Annotated[
+        list[Annotated[list[PositionIndex], Field(min_length=2, max_length=2)]],
+        Field(min_length=1, max_length=MAX_RANGES),
+    ]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Ranges":
+        for start, end in self.ranges:
+            if start >= end:
+                raise ValueError(
+                    f"the range [{start}, {end}] is empty: ranges are half-open, [start, end) with start < end"
+                )
+        return self
+
+
+Positions = Literal["all", "prompt", "completion"] | Ranges
+
+
+class _Edit(Closed):
+    """What every intervention may say."""
+
+    when: When | None = None
+    positions: Positions = Field(
+        "all",
+        description="'completion' starts at the last prompt token, whose output predicts the first completion token.",
+    )
+    skip_bos: bool = Field(False, description="Leave beginning-of-sequence tokens alone.")
+
+
+class _FeatureEdit(_Edit):
+    sae: Name
+    features: Annotated[list[FeatureId], Field(min_length=1, max_length=MAX_FEATURES)]
+
+
+class FeatureValueEdit(_FeatureEdit):
+    """``clamp``: f' = v. ``add``: f' = f + v. ``floor``: f' = max(f, v). ``cap``: f' = min(f, v)."""
+
+    op: Literal["clamp", "add", "floor", "cap"]
+    value: Values
+    units: Literal["raw", "reference_max", "residual_norm"] = Field(
+        "raw",
+        description="What the value is a multiple of: the SAE file's own unit, the feature's recorded maximum, or the "
+        "length of the token's residual.",
+    )
+
+
+class FeatureScaleEdit(_FeatureEdit):
+    """``scale`` and ``gain``: f' = v f."""
+
+    op: Literal["scale", "gain"]
+    value: Values
+
+
+class FeatureAblateEdit(_FeatureEdit):
+    """``ablate``: f' = 0."""
+
+    op: Literal["ablate"]
+
+
+class FeatureMaskEdit(_FeatureEdit):
+    """``mask_range``: f' = 0 where lo <= f <= hi."""
+
+    op: Literal["mask_range"]
+    lo: Value
+    hi: Value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "FeatureMaskEdit":
+        if self.lo > self.hi:
+            raise ValueError(f"'lo' ({self.lo}) is above 'hi' ({self.hi})")
+        return self
+
+
+class AppEdit(_Edit):
+    """``app``: f' = f (1 - P(concept given f))^strength, from a calibration."""
+
+    op: Literal["app"]
+    sae: Name
+    calibration: Name
+    concept: Annotated[str, Field(min_length=1, max_length=128)]
+    strength: Annotated[float, Field(ge=0, le=1e3)] = 1.0
+    prior: Literal["uniform", "target", "empirical"] = "uniform"
+
+
+class _VectorEdit(_Edit):
+    site: Annotated[str, Field(min_length=3, max_length=64, description="A place such as resid_post.12.")]
+    vector: Name
+
+
+class VectorValueEdit(_VectorEdit):
+    """``add``: y' = y + v d. ``clamp``, ``floor``, ``cap`` act on the projection onto the unit direction."""
+
+    op: Literal["add", "clamp", "floor", "cap"]
+    value: Value
+    units: Literal["raw", "residual_norm"] = "raw"
+
+
+class VectorScaleEdit(_VectorEdit):
+    """``scale``: the projection onto the unit direction times v."""
+
+    op: Literal["scale"]
+    value: Value
+
+
+class VectorAblateEdit(_VectorEdit):
+    """``ablate``: the projection onto the unit direction is removed."""
+
+    op: Literal["ablate"]
+
+
+_TAGS = {
+    "clamp": "value",
+    "add": "value",
+    "floor": "value",
+    "cap": "value",
+    "scale": "scale",
+    "gain": "scale",
+    "ablate": "ablate",
+    "mask_range": "mask",
+    "app": "app",
+}
+
+
+def _variant(value: Any) -> str | None:
+    """Which model describes an intervention: decided by its op, and by whether it names a vector."""
+    op = value.get("op") if isinstance(value, dict) else getattr(value, "op", None)
+    if not isinstance(op, str) or op not in _TAGS:
+        return None
+    named = "vector" in value if isinstance(value, dict) else hasattr(value, "vector")
+    return f"{'vector' if named else 'feature'}-{_TAGS[op]}"
+
+
+Intervention = Annotated[
+    Annotated[FeatureValueEdit, Tag("feature-value")]
+    | Annotated[FeatureScaleEdit, Tag("feature-scale")]
+    | Annotated[FeatureAblateEdit, Tag("feature-ablate")]
+    | Annotated[FeatureMaskEdit, Tag("feature-mask")]
+    | Annotated[AppEdit, Tag("feature-app")]
+    | Annotated[VectorValueEdit, Tag("vector-value")]
+    | Annotated[VectorScaleEdit, Tag("vector-scale")]
+    | Annotated[VectorAblateEdit, Tag("vector-ablate")],
+    Discriminator(
+        _variant,
+        custom_error_type="unknown_op",
+        custom_error_message="'op' must be one of clamp, add, scale, ablate, floor, cap, mask_range, gain, app; a 'vector' "
+        "takes add, clamp, scale, ablate, floor, cap",
+    ),
+]
+
+
+class Dose(Closed):
+    """A limit on |sum of deltas| / |x| per token and site."""
+
+    limit: Annotated[float, Field(gt=0, le=1e6)]
+    on_dose: Literal["fail", "scale"] = Field(
+        "fail",
+        description="End the request with an error, or scale that token's delta down to the limit and report it.",
+    )
+
+
+class Readings(Closed):
+    """Which activations to send back."""
+
+    sae: Name
+    features: Annotated[list[FeatureId], Field(max_length=MAX_FEATURES)] = []
+    top_k: Annotated[int, Field(ge=0, le=1024)] = 0
+    positions: Positions = "completion"
+    at: Literal["before", "after"] = "before"
+
+
+class Trigger(Closed):
+    """Acts on the request when a feature passes a threshold."""
+
+    sae: Name
+    feature: FeatureId
+    above: Value
+    action: Literal["stop", "flag"]
+
+
+class Steering(Closed):
+    """The ``steering`` field of a request."""
+
+    profiles: Annotated[list[Name], Field(max_length=16)] = []
+    interventions: Annotated[list[Intervention], Field(max_length=MAX_INTERVENTIONS)] = []
+    override: bool = Field(False, description="The request's edits replace a profile's edits of the same features.")
+    error: Literal["keep", "drop"] = Field(
+        "keep", description="Keep the SAE's reconstruction error (edit by delta), or write the decoded features alone."
+    )
+    dose: Dose | None = None
+    readings: Readings | None = None
+    on: Annotated[list[Trigger], Field(max_length=16)] = []
+
+
+class Profile(Closed):
+    """A stored, named set of interventions: the file ``profile.json`` of a profile's folder."""
+
+    name: Name
+    description: Annotated[str, Field(max_length=4096)] = ""
+    interventions: Annotated[list[Intervention], Field(min_length=1, max_length=MAX_INTERVENTIONS)]
+    saes: dict[Name, str] = Field(
+        default_factory=dict, description="Fingerprints of the SAEs it was made for, by name; a mismatch is refused."
+    )
+
+
+_STEERING = TypeAdapter(Steering)
+_PROFILE = TypeAdapter(Profile)
+
+
+def json_path(root: str, location: tuple[int | str, ...]) -> str:
+    """``steering.interventions[0].value`` from pydantic's location; names of union variants are left out."""
+    path = root
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif not (part == "float" or part[:1].isupper() or "-" in part or "[" in part):
+            path = f"{path}.{part}" if path else part
+    return path
+
+
+def schema_error(error: ValidationError, root: str) -> SchemaError:
+    """The first fault of a validation, as one of our errors with its JSON path."""
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    first = faults[0]
+    path = json_path(root, first["loc"])
+    code = (
+        "unknown_op"
+        if first["type"] == "unknown_op"
+        else "unknown_field"
+        if first["type"] == "extra_forbidden"
+        else None
+    )
+    more = f" ({len(faults) - 1} more faults)" if len(faults) > 1 else ""
+    return SchemaError(f"{path}: {first['msg']}{more}", param=path, code=code)
+
+
+def parse_steering(value: object, *, root: str = "steering") -> Steering:
+    """Validates the ``steering`` field from parsed JSON; raises :class:`SchemaError` with the JSON path at fault."""
+    try:
+        return _STEERING.validate_python(value)
+    except ValidationError as error:
+        raise schema_error(error, root) from None
+
+
+def parse_profile(value: object, *, root: str = "profile") -> Profile:
+    """Validates a profile from parsed JSON; raises :class:`SchemaError`."""
+    try:
+        return _PROFILE.validate_python(value)
+    except ValidationError as error:
+        raise schema_error(error, root) from None
+
+
+def steering_json_schema() -> dict[str, Any]:
+    """The published JSON Schema of the ``steering`` field."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_STEERING.json_schema()}
+
+
+def loads(text: str | bytes) -> Any:
+    """Parses JSON strictly; the standard parser would let these pass.
+
+    Raises:
+        SchemaError: It is not JSON, repeats a key, holds NaN or an infinity (also as 1e999), or nests absurdly.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) != len(items):
+            seen: set[str] = set()
+            twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise SchemaError(f"The key {twice!r} appears twice in one object.", code="duplicate_key")
+        return found
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        if not math.isfinite(value):
+            raise SchemaError(f"{digits} is not a finite number.", code="non_finite_number")
+        return value
+
+    def constant(word: str) -> float:
+        raise SchemaError(f"{word} is not JSON; numbers must be finite.", code="non_finite_number")
+
+    try:
+        value = json.loads(text, object_pairs_hook=pairs, parse_float=number, parse_constant=constant)
+    except RecursionError:
+        raise SchemaError("The body nests too deeply.", code="too_deep") from None
+    except ValueError as error:
+        raise SchemaError(f"The body is not valid JSON: {error}", code="invalid_json") from None
+    if _depth(value) > MAX_DEPTH:
+        raise SchemaError(f"The body nests deeper than {MAX_DEPTH} levels.", code="too_deep")
+    return value
+
+
+def _depth(value: Any) -> int:
+    """Levels of nesting, counted without recursion."""
+    depth, level = 0, [value]
+    while level and depth <= MAX_DEPTH:
+        depth += 1
+        level = [
+            child
+            for item in level
+            if isinstance(item, dict | list)
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+    return depth

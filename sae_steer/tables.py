@@ -1,0 +1,225 @@
+"""The tables of one site: a program's rows, read from its SAEs and vectors, written into a slot."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from sae_steer.catalog import CatalogSae, Vector
+from sae_steer.errors import NonFinite
+from sae_steer.program import GainTable, Program, Row, SiteProgram
+from sae_steer.sae import Activation, FeatureRows, InputNorm, Sae
+from sae_steer.sites import Site
+from sae_steer.slots import Bucket
+from sae_steer_kernels import Act, EditTable, Norm, RowFloat, RowInt, SlotFloat, SlotInt
+from sae_steer_kernels.feature_edit import empty_rows
+
+GAIN_BINS = 64
+
+_ACT = {
+    Activation.IDENTITY: Act.IDENTITY,
+    Activation.RELU: Act.RELU,
+    Activation.TANH_RELU: Act.TANH_RELU,
+    Activation.JUMPRELU: Act.JUMPRELU,
+    Activation.GATED: Act.GATED,
+    Activation.TOPK: Act.TOPK,
+}
+_NORM = {
+    InputNorm.NONE: Norm.NONE,
+    InputNorm.CENTER: Norm.CENTER,
+    InputNorm.LAYER_NORM: Norm.LAYER_NORM,
+    InputNorm.NORM_RESCALE: Norm.NORM_RESCALE,
+}
+
+
+def pack_features(rows: FeatureRows, sae: Sae, number: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The scalars of an SAE's rows as the kernels pack them: ``[K, len(RowFloat)]`` and ``[K, len(RowInt)]``."""
+    floats, ints = empty_rows((rows.ids.numel(),), device)
+    for column, values in (
+        (RowFloat.BIAS, rows.bias),
+        (RowFloat.THETA, rows.theta),
+        (RowFloat.MAG_SCALE, rows.mag_scale),
+        (RowFloat.MAG_BIAS, rows.mag_bias),
+        (RowFloat.ENC_SUM, rows.enc_sum),
+    ):
+        floats[:, column] = values.to(device)
+    ints[:, RowInt.ACT] = _ACT[sae.spec.activation]
+    ints[:, RowInt.NORM] = _NORM[sae.spec.input_norm]
+    ints[:, RowInt.TOPK] = sae.spec.k or 0 if sae.spec.activation is Activation.TOPK else 0
+    ints[:, RowInt.SAE] = number
+    ints[:, RowInt.FEATURE] = rows.ids.to(device, torch.int32)
+    return floats, ints
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A whole dictionary on the device, for what needs all of it: dropping the error, and TopK ranks.
+
+    Args:
+        number: The SAE's number at its site.
+        enc: ``[F, D]`` float32.
+        dec: ``[F, D_out]`` float32.
+        dec_bias: ``[D_out]`` float32.
+        row_float: ``[F, len(RowFloat)]``.
+        row_int: ``[F, len(RowInt)]``.
+    """
+
+    number: int
+    enc: Tensor
+    dec: Tensor
+    dec_bias: Tensor
+    row_float: Tensor
+    row_int: Tensor
+
+    @classmethod
+    def load(cls, sae: Sae, number: int, device: torch.device) -> Self:
+        """Reads the whole dictionary of an SAE."""
+        rows = sae.rows(range(sae.spec.n_features))
+        floats, ints = pack_features(rows, sae, number, device)
+        return cls(number, rows.enc.to(device), rows.dec.to(device), sae.decoder_bias().to(device), floats, ints)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+        return sum(t.nbytes for t in (self.enc, self.dec, self.dec_bias, self.row_float, self.row_int))
+
+
+class SiteTables:
+    """The tables of one site, one for each bucket, and the sources that its rows come from.
+
+    Args:
+        site: The site.
+        saes: The SAEs attached there, by fingerprint.
+        vectors: The plain vectors, by fingerprint.
+        buckets: Capacities.
+        width: ``D``, width of what is read.
+        width_out: ``D_out``, width of what is written.
+        dtype: The model's dtype, which decoder rows are kept in.
+        device: Where the tables live.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        saes: Sequence[CatalogSae],
+        vectors: Mapping[str, Vector],
+        *,
+        buckets: Sequence[Bucket],
+        width: int,
+        width_out: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.site = site
+        self.width, self.width_out = width, width_out
+        self._saes = {entry.sae.fingerprint: entry.sae for entry in saes}
+        self._numbers = {fingerprint: number for number, fingerprint in enumerate(self._saes)}
+        self._vectors = vectors
+        self.tables = tuple(
+            EditTable.empty(
+                slots=bucket.slots,
+                rows=bucket.rows,
+                width=width,
+                width_out=width_out,
+                dtype=dtype,
+                device=device,
+                gain_bins=GAIN_BINS,
+            )
+            for bucket in buckets
+        )
+        self.device = device
+        self.wholes = tuple(
+            Whole.load(entry.sae, self._numbers[entry.sae.fingerprint], device) for entry in saes if entry.whole
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tables hold."""
+        return sum(table.nbytes for table in self.tables) + sum(whole.nbytes for whole in self.wholes)
+
+    def clear(self, bucket: int, slot: int) -> None:
+        """Empties a slot: its program does nothing at this site."""
+        self.tables[bucket].slot_int[slot] = 0
+
+    def write(self, bucket: int, slot: int, part: SiteProgram, program: Program) -> None:
+        """Writes a program's rows into a slot that no running token uses.
+
+        Raises:
+            CheckpointError: A row cannot be read.
+            NonFinite: A row does not fit the model's dtype.
+        """
+        table = self.tables[bucket]
+        used = len(part.rows)
+        enc = torch.zeros(used, self.width)
+        dec = torch.zeros(used, self.width_out)
+        floats, ints = empty_rows((used,), torch.device("cpu"))
+        for fingerprint, places in _by_source(part.rows).items():
+            if fingerprint in self._saes:
+                sae = self._saes[fingerprint]
+                rows = sae.rows([part.rows[i].feature for i in places])
+                enc[places], dec[places] = rows.enc, rows.dec
+                floats[places], ints[places] = pack_features(rows, sae, self._numbers[fingerprint], torch.device("cpu"))
+            else:
+                _place_vector(self._vectors[fingerprint], part.rows, places, enc, dec)
+                ints[places, RowInt.FEATURE] = -1
+        for i, row in enumerate(part.rows):
+            _pack_edit(row, floats[i], ints[i])
+        cast = dec.to(table.dec.dtype)
+        if not bool(cast.isfinite().all()):
+            raise NonFinite(f"A decoder row at {self.site} does not fit the model's dtype {table.dec.dtype}.")
+        table.enc[slot, :used] = enc.to(self.device)
+        table.dec[slot, :used] = cast.to(self.device)
+        table.row_float[slot, :used] = floats.to(self.device)
+        table.row_int[slot, :used] = ints.to(self.device)
+        for i, row in enumerate(part.rows):
+            if row.gain is not None:
+                _pack_gain(row.gain, table.gain[slot, i], table.row_float[slot, i])
+        table.slot_float[slot, SlotFloat.DOSE_LIMIT] = program.dose_limit
+        table.slot_int[slot, SlotInt.ROWS] = used
+        table.slot_int[slot, SlotInt.DROP_SELECT] = _mask(part.drop_selectors) if part.drop else 0
+        table.slot_int[slot, SlotInt.DROP_SAE] = self._numbers[part.drop] if part.drop else -1
+
+
+def _by_source(rows: Sequence[Row]) -> dict[str, list[int]]:
+    """Numbers of the rows of each source."""
+    places: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        places.setdefault(row.source, []).append(i)
+    return places
+
+
+def _place_vector(vector: Vector, rows: Sequence[Row], places: Sequence[int], enc: Tensor, dec: Tensor) -> None:
+    """``add`` writes the vector as it is and reads nothing; the other ops read and write along the unit direction."""
+    for i in places:
+        if rows[i].unit:
+            enc[i] = dec[i] = vector.values / vector.values.double().norm().float()
+        else:
+            dec[i] = vector.values
+
+
+def _pack_edit(row: Row, floats: Tensor, ints: Tensor) -> None:
+    """The edit's own scalars; ``floats [len(RowFloat)]`` and ``ints [len(RowInt)]`` hold the feature's already."""
+    floats[RowFloat.SCALE], floats[RowFloat.SHIFT] = row.scale, row.shift
+    floats[RowFloat.LO], floats[RowFloat.HI] = row.lo, row.hi
+    floats[RowFloat.MASK_LO], floats[RowFloat.MASK_HI] = row.mask_lo, row.mask_hi
+    floats[RowFloat.GAMMA] = row.gamma
+    ints[RowInt.NORM_UNITS] = int(row.norm_units)
+    ints[RowInt.SELECT] = 1 << row.selector if row.selector >= 0 else 0
+    if row.gate is not None:
+        ints[RowInt.WHEN_ROW] = row.gate.row
+        floats[RowFloat.WHEN_ABOVE], floats[RowFloat.WHEN_BELOW] = row.gate.above, row.gate.below
+
+
+def _pack_gain(gain: GainTable, table: Tensor, floats: Tensor) -> None:
+    """A gain table into ``table [2, B]``; shorter ones go on with their end value, as their meaning says."""
+    for side, (width, values) in enumerate(((gain.width_pos, gain.positive), (gain.width_neg, gain.negative))):
+        if values:
+            padded = [*values, *[values[-1]] * (table.shape[1] - len(values))]
+            table[side] = torch.tensor(padded, device=table.device)
+        floats[RowFloat.GAIN_WIDTH_POS if side == 0 else RowFloat.GAIN_WIDTH_NEG] = width if values else 0.0
+
+
+def _mask(selectors: Sequence[int]) -> int:
+    return sum(1 << selector for selector in selectors)

@@ -1,0 +1,1 @@
+"""The transformers host: an OpenAI-compatible server over continuous batching, with steering."""
