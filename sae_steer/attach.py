@@ -175,10 +175,12 @@ class Rows:
         """
         tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else (args[0] if args else None)
         embeds = kwargs.get("inputs_embeds")
-        if tokens is None and embeds is None:
+        if tokens is not None:
+            ids = tokens.cpu().numpy()
+        elif embeds is not None:
+            ids = np.full(embeds.shape[:2], -1)
+        else:
             raise Unsupported("The forward pass has neither input_ids nor inputs_embeds.")
-        shape = (tokens if tokens is not None else embeds).shape[:2]
-        ids = tokens.cpu().numpy() if tokens is not None else np.full(shape, -1)
         mask = self._mask(kwargs, ids)
         self._restart_if_new(kwargs, ids, mask)
         held = mask[:, -ids.shape[1] :] != 0

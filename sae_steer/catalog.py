@@ -1,7 +1,7 @@
 """Named SAEs, plain vectors and profiles: the things a request may refer to.
 
-Names are for people; everything below the compiler goes by fingerprint. SAEs and vectors are fixed at start; profiles are
-a folder that is read again whenever it changed, so that several server processes agree on it.
+Names are for people; everything below the compiler goes by fingerprint. SAEs and vectors are fixed at start; profiles
+are a folder that is read again whenever it changed, so that several server processes agree on it.
 """
 
 import contextlib
@@ -52,7 +52,8 @@ class CatalogSae:
         site = site or sae.spec.site
         if site is None:
             raise StartError(
-                f"The files of SAE {name!r} do not say where it belongs. Give its site, as in {name}=PATH@resid_post.12."
+                f"The files of SAE {name!r} do not say where it belongs. "
+                f"Give its site, as in {name}=PATH@resid_post.12."
             )
         labels = Labels.load(sae.path)
         return cls(name, sae, site, labels, whole)
@@ -119,7 +120,7 @@ class ProfileStore:
 
     def get(self, name: str) -> Profile:
         """The profile as it is now on disk; raises :class:`UnknownName`, or :class:`SchemaError` for a broken file."""
-        # Names are compared with the listing, never joined to a path first: nothing of a client's reaches the file system.
+        # Names are compared with the listing before they become a path: nothing of a client's reaches the file system.
         if name not in self.names() or self.folder is None:
             known = ", ".join(self.names()) or "none"
             raise UnknownName(f"There is no profile {name!r}. Profiles: {known}.", code="unknown_profile")

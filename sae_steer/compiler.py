@@ -110,7 +110,7 @@ def compile_program(
         ),
         selectors=tuple(selectors),
         dose_limit=limit,
-        on_dose=on_dose,  # type: ignore[arg-type]  # the schema's Literal, through a tuple
+        on_dose=on_dose,
     )
     _check_limits(program, limits)
     return program
@@ -230,11 +230,13 @@ def _gates(edits: Sequence[_Edit], catalog: Catalog, builders: dict[Site, _SiteB
 
 
 def _gate(when: When, path: str, builder: _SiteBuilder, catalog: Catalog) -> Gate:
-    assert when.sae is not None and when.feature is not None  # the schema demands them together
+    assert when.sae is not None  # the schema demands sae and feature together
+    assert when.feature is not None
     entry = catalog.sae(when.sae, param=f"{path}.when.sae")
     if entry.site.read != builder.site.read:
         raise Unsupported(
-            f"{path}.when.sae: {when.sae!r} reads {entry.site}, and the edit is at {builder.site}. A gate must be at the same site.",
+            f"{path}.when.sae: {when.sae!r} reads {entry.site}, and the edit is at {builder.site}. "
+            "A gate must be at the same site.",
             param=f"{path}.when.sae",
         )
     check_features(entry, [when.feature], f"{path}.when.feature")
@@ -262,14 +264,14 @@ def _drops(steering: Steering, catalog: Catalog, builders: dict[Site, _SiteBuild
         (entry,) = saes
         if not entry.whole:
             raise Unsupported(
-                f"steering.error: 'drop' needs the whole dictionary of {entry.name!r}, and only single rows of it are loaded. "
-                f"Start the server with --whole {entry.name}.",
+                f"steering.error: 'drop' needs the whole dictionary of {entry.name!r}, and only single rows of it are "
+                f"loaded. Start the server with --whole {entry.name}.",
                 param="steering.error",
             )
         if site.read != site.write and entry.sae.spec.input_norm is not InputNorm.NONE:
             raise Unsupported(
-                f"steering.error: {entry.name!r} normalises its input and writes elsewhere, so its decoding has no exact scale. "
-                "Use 'keep'.",
+                f"steering.error: {entry.name!r} normalises its input and writes elsewhere, so its decoding has no "
+                "exact scale. Use 'keep'.",
                 param="steering.error",
             )
         found[site] = entry.sae.fingerprint

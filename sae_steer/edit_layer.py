@@ -47,7 +47,7 @@ class EditLayer:
 
     @property
     def armed(self) -> bool:
-        """Whether the ops must be called: a program is at work here, or a graph is being compiled that must hold them."""
+        """Whether the ops must be called: a program is at work here, or a graph that must hold them is compiled."""
         return self.enabled or torch.compiler.is_compiling()
 
     def arm(self, buckets: frozenset[int]) -> None:
@@ -83,7 +83,8 @@ class EditLayer:
             all_ranks = self._ranks[number]
             ranks = all_ranks[:tokens] if all_ranks is not None else None
             for whole in self.tables.wholes:
-                assert base is not None and ranks is not None  # allocated together with the wholes
+                assert base is not None  # allocated together with the wholes
+                assert ranks is not None
                 own = (whole.enc, whole.row_float, whole.row_int)
                 rows = (table.enc, table.row_float, table.row_int, table.slot_int)
                 topk_rank(y, slots, active, *rows, whole.number, *own, ranks, read, residual)

@@ -147,7 +147,7 @@ def check_topk(entry: CatalogSae, path: str) -> None:
     """A TopK feature's activation depends on all others, so its whole dictionary must be at hand."""
     if entry.sae.spec.activation is Activation.TOPK and not entry.whole:
         raise Unsupported(
-            f"{path}: {entry.name!r} is a TopK SAE, whose activations depend on its whole dictionary, and only single rows of it "
-            f"are loaded. Start the server with --whole {entry.name}.",
+            f"{path}: {entry.name!r} is a TopK SAE, whose activations depend on its whole dictionary, and only "
+            f"single rows of it are loaded. Start the server with --whole {entry.name}.",
             param=path,
         )

@@ -54,8 +54,10 @@ class Selector:
             case Phase.COMPLETION:
                 return positions >= prompt_length - 1
             case Phase.RANGES:
-                held = [(positions >= start) & (positions < end) for start, end in self.ranges]
-                return np.logical_or.reduce(held)
+                held = np.zeros(positions.shape, dtype=np.bool_)
+                for start, end in self.ranges:
+                    held |= (positions >= start) & (positions < end)
+                return held
 
     def holds(self, positions: NDArray[np.int64], tokens: NDArray[np.int64], prompt_length: int) -> NDArray[np.bool_]:
         """Whether an edit holds on each token, its feature gate aside.
@@ -183,8 +185,10 @@ class Program:
 
     def footprint(self, positions: NDArray[np.int64], prompt_length: int) -> NDArray[np.bool_]:
         """Which positions the program may touch, whatever gates and token ids decide there: ``[T]`` to ``[T]``."""
-        held = [selector.by_position(positions, prompt_length) for selector in self.selectors]
-        return np.logical_or.reduce(held)
+        held = np.zeros(positions.shape, dtype=np.bool_)
+        for selector in self.selectors:
+            held |= selector.by_position(positions, prompt_length)
+        return held
 
     def first_touched(self, length: int, prompt_length: int) -> int | None:
         """First position below ``length`` that the program may touch, or None: where cache blocks begin to differ."""

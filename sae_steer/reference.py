@@ -1,4 +1,4 @@
-"""The definition of an edit: the design document's section 2, literally, one token and one feature at a time, in float64.
+"""The definition of an edit: the design document's section 2, literally, token by token, in float64.
 
 It reads what the user sent and the SAE's own file, and shares nothing with the compiler, the tables or the kernels, so
 that it can be held against all of them. Slow, and meant to be read beside the text.
@@ -62,17 +62,16 @@ class Edited:
 
 def normalised(sae: Sae, x: Tensor) -> tuple[Tensor, float, float]:
     """``N(x)``, and the scale and the offset that map a decoded vector back; ``x [D]`` float64."""
-    match sae.spec.input_norm:
-        case InputNorm.NONE:
-            return x, 1.0, 0.0
-        case InputNorm.CENTER:
-            return x - x.mean(), 1.0, float(x.mean())
-        case InputNorm.LAYER_NORM:
-            std = x.std(unbiased=True)
-            return (x - x.mean()) / (std + 1e-5), float(std), float(x.mean())
-        case InputNorm.NORM_RESCALE:
-            scale = math.sqrt(x.numel()) / float(x.norm())
-            return x * scale, 1 / scale, 0.0
+    norm = sae.spec.input_norm
+    if norm is InputNorm.CENTER:
+        return x - x.mean(), 1.0, float(x.mean())
+    if norm is InputNorm.LAYER_NORM:
+        std = x.std(unbiased=True)
+        return (x - x.mean()) / (std + 1e-5), float(std), float(x.mean())
+    if norm is InputNorm.NORM_RESCALE:
+        scale = math.sqrt(x.numel()) / float(x.norm())
+        return x * scale, 1 / scale, 0.0
+    return x, 1.0, 0.0
 
 
 def encode(sae: Sae, x: Tensor) -> Tensor:
@@ -178,7 +177,7 @@ def new_value(intervention: Intervention, n: int, f: float, unit: float) -> floa
         case "ablate":
             return 0.0
         case "mask_range":
-            assert isinstance(intervention, FeatureMaskEdit)
+            assert isinstance(intervention, FeatureMaskEdit)  # the schema ties them
             return 0.0 if intervention.lo <= f <= intervention.hi else f
     raise ValueError(f"no reference for {intervention.op}")
 
@@ -234,7 +233,8 @@ def _feature_delta(
         unit = 1.0
         if isinstance(intervention, FeatureValueEdit) and intervention.units == "reference_max":
             label = entry.labels.get(feature) if entry.labels is not None else None
-            assert label is not None and label.reference_max is not None  # the compiler refuses such a request
+            assert label is not None  # the compiler refuses such a request
+            assert label.reference_max is not None
             unit = label.reference_max
         elif isinstance(intervention, FeatureValueEdit) and intervention.units == "residual_norm":
             unit = float(x.norm())

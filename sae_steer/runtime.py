@@ -41,8 +41,8 @@ class StepSummary:
 class Runtime:
     """Steers one model. Use :meth:`attach`.
 
-    Slots may be acquired and released from any thread; :meth:`begin_step` and :meth:`end_step` belong to the thread that
-    runs the model.
+    Slots may be acquired and released from any thread; :meth:`begin_step` and :meth:`end_step` belong to the thread
+    that runs the model.
     """
 
     def __init__(self, model: PreTrainedModel, catalog: Catalog, limits: Limits, sites: Sequence[Site]) -> None:
@@ -92,7 +92,8 @@ class Runtime:
             for vector in self.catalog.vectors.values():
                 if vector.values.numel() != writes:
                     raise WidthMismatch(
-                        f"Vector {vector.name!r} has width {vector.values.numel()}, and the model's {site} has width {writes}."
+                        f"Vector {vector.name!r} has width {vector.values.numel()}, "
+                        f"and the model's {site} has width {writes}."
                     )
         return SiteTables(
             site,

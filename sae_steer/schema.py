@@ -207,8 +207,8 @@ Intervention = Annotated[
     Discriminator(
         _variant,
         custom_error_type="unknown_op",
-        custom_error_message="'op' must be one of clamp, add, scale, ablate, floor, cap, mask_range, gain, app; a 'vector' "
-        "takes add, clamp, scale, ablate, floor, cap",
+        custom_error_message="'op' must be one of clamp, add, scale, ablate, floor, cap, mask_range, gain, app; "
+        "a 'vector' takes add, clamp, scale, ablate, floor, cap",
     ),
 ]
 

@@ -1,7 +1,7 @@
 """Which program holds which slot: fixed capacity, reference counts, no tensors.
 
-Slots come in buckets by how many rows they hold. Equal programs share a slot. A slot that nobody holds keeps its content
-until somebody else needs it, so that a program that comes back is not loaded again.
+Slots come in buckets by how many rows they hold. Equal programs share a slot. A slot that nobody holds keeps its
+content until somebody else needs it, so that a program that comes back is not loaded again.
 """
 
 from collections import OrderedDict

@@ -38,7 +38,7 @@ class Op:
             LookupError: The override, or the device, names no implementation of this op.
         """
         provider = os.environ.get(self.variable) or self.by_device.get(device.type)
-        if provider not in self.implementations:
+        if provider is None or provider not in self.implementations:
             have = ", ".join(self.implementations)
             raise LookupError(
                 f"{self.name} has no implementation {provider!r} for {device.type}; {self.variable} takes: {have}."

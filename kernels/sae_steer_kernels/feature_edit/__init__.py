@@ -7,8 +7,8 @@ For a token ``t`` with slot ``s = slots[t]`` (0 = nothing: the row is not touche
     f'_i   = clip(a_i f_i + c_i, lo_i, hi_i) * G_i(f_i)^gamma_i                     0 inside the masked range
     y[t]  += sum_i (f'_i - f_i) s_i dec[s, i]                                       rows whose selector and gate hold
 
-The meaning is that of the design document, section 2. :mod:`.reference` is its literal float64 form, :mod:`.layout` names
-the packed scalars.
+The meaning is that of the design document, section 2. :mod:`.reference` is its literal float64 form,
+:mod:`.layout` names the packed scalars.
 """
 
 import math

@@ -31,7 +31,7 @@ def gain_at(f: float, table: Tensor, width_pos: float, width_neg: float) -> floa
         return 1.0
     last = table.shape[1] - 1
     place = min(max(abs(f) / width - 0.5, 0.0), float(last))
-    below = min(int(math.floor(place)), last)
+    below = min(math.floor(place), last)
     above = min(below + 1, last)
     share = place - below
     return float(table[side, below]) * (1 - share) + float(table[side, above]) * share

@@ -65,7 +65,7 @@ def activations(pre: Tensor, row_float: Tensor, row_int: Tensor, rank: Tensor | 
 
 
 def gains(f: Tensor, table: Tensor, row_float: Tensor) -> Tensor:
-    """Gain ``G(f)`` of each activation: ``f [t, k]``, ``table [k, 2, B]``; 1 on the atom and where there is no table."""
+    """Gain ``G(f)`` of each activation, ``f [t, k]``, ``table [k, 2, B]``; 1 at f = 0 and where there is no table."""
     widths = row_float[:, [RowFloat.GAIN_WIDTH_POS, RowFloat.GAIN_WIDTH_NEG]]
     if not bool((widths > 0).any()):
         return torch.ones_like(f)
