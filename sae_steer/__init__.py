@@ -7,9 +7,9 @@ is used, because plugin loaders import it in processes that never steer.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sae_steer.attach import Rows as Rows
-    from sae_steer.attach import Steer as Steer
-    from sae_steer.attach import attach as attach
+    from sae_steer.inprocess import Rows as Rows
+    from sae_steer.inprocess import Steer as Steer
+    from sae_steer.inprocess import attach as attach
     from sae_steer.compiler import Limits as Limits
     from sae_steer.errors import SteerError as SteerError
     from sae_steer.sae import open_sae as open_sae
@@ -19,10 +19,10 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Limits": "sae_steer.compiler",
-    "Rows": "sae_steer.attach",
-    "Steer": "sae_steer.attach",
+    "Rows": "sae_steer.inprocess",
+    "Steer": "sae_steer.inprocess",
     "SteerError": "sae_steer.errors",
-    "attach": "sae_steer.attach",
+    "attach": "sae_steer.inprocess",
     "open_sae": "sae_steer.sae",
     "steering_json_schema": "sae_steer.schema",
 }

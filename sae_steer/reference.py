@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae_steer.catalog import Catalog, CatalogSae
 from sae_steer.sae import Activation, InputNorm, Sae
+from sae_steer.sae.record import DECODER_NORM_UNITS
 from sae_steer.schema import (
     FeatureAblateEdit,
     FeatureMaskEdit,
@@ -60,6 +61,23 @@ class Edited:
     over: bool
 
 
+_DICTIONARIES: dict[str, dict[str, Tensor]] = {}
+
+
+def dictionary(sae: Sae) -> dict[str, Tensor]:
+    """The tensors of an SAE's file in float64, read once; in decoder-norm units where the file's values are."""
+    if sae.fingerprint not in _DICTIONARIES:
+        raw = dict(sae.raw())
+        if "log_threshold" in raw:
+            raw["threshold"] = raw["log_threshold"].exp()
+        if sae.spec.value_convention == DECODER_NORM_UNITS:
+            norms = raw["W_dec"].norm(dim=1)
+            raw["W_enc"], raw["b_enc"] = raw["W_enc"] * norms, raw["b_enc"] * norms
+            raw["W_dec"] = raw["W_dec"] / norms[:, None]
+        _DICTIONARIES[sae.fingerprint] = raw
+    return _DICTIONARIES[sae.fingerprint]
+
+
 def normalised(sae: Sae, x: Tensor) -> tuple[Tensor, float, float]:
     """``N(x)``, and the scale and the offset that map a decoded vector back; ``x [D]`` float64."""
     norm = sae.spec.input_norm
@@ -76,7 +94,7 @@ def normalised(sae: Sae, x: Tensor) -> tuple[Tensor, float, float]:
 
 def encode(sae: Sae, x: Tensor) -> Tensor:
     """All activations ``[F]`` of an SAE on one token ``x [D]``, from the tensors of its file, in float64."""
-    raw = sae.raw()
+    raw = dictionary(sae)
     normal, _, _ = normalised(sae, x)
     if sae.spec.subtracts_decoder_bias:
         normal = normal - raw["b_dec"]
@@ -102,7 +120,7 @@ def encode(sae: Sae, x: Tensor) -> Tensor:
 def decode(sae: Sae, f: Tensor, x: Tensor) -> Tensor:
     """Decodes activations ``[F]`` to ``[D_out]``, mapped back through the normalisation of ``x``."""
     _, scale, offset = normalised(sae, x)
-    return (f @ sae.raw()["W_dec"] + sae.raw()["b_dec"]) * scale + offset
+    return (f @ dictionary(sae)["W_dec"] + dictionary(sae)["b_dec"]) * scale + offset
 
 
 def interventions(steering: Steering, catalog: Catalog) -> list[Intervention]:
@@ -227,7 +245,7 @@ def _feature_delta(
     """``sum_i (f'_i - f_i) d_i`` of one intervention, mapped back through the SAE's normalisation."""
     f = encode(entry.sae, x)
     _, scale, _ = normalised(entry.sae, x)
-    decoder = entry.sae.raw()["W_dec"]
+    decoder = dictionary(entry.sae)["W_dec"]
     total = torch.zeros_like(decoder[0])
     for n, feature in enumerate(intervention.features):
         unit = 1.0
@@ -253,7 +271,7 @@ def _vector_delta(
     )
     if intervention.op == "add":
         return intervention.value * unit * vector
-    direction = vector / vector.norm()
+    direction: Tensor = vector / vector.norm()
     projection = float(direction @ x)
     return (new_value(intervention, 0, projection, unit) - projection) * direction
 

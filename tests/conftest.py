@@ -4,6 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 
+os.environ["OMP_NUM_THREADS"] = "1"  # servers under test are processes of their own
+
 import random
 from pathlib import Path
 
@@ -32,7 +34,8 @@ def _find_assets() -> tuple[Path | None, str]:
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(2)
+    # The models here are tiny: a second thread costs more in waiting than it computes, and far more on a busy machine.
+    torch.set_num_threads(1)
 
 
 def pytest_report_header() -> str:
