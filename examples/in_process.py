@@ -1,6 +1,6 @@
 """Steering in the same process: one `model.generate`, another program for each row of the batch.
 
-    python examples/in_process.py
+python examples/in_process.py
 """
 
 import torch

@@ -7,11 +7,11 @@ is used, because plugin loaders import it in processes that never steer.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sae_steer.compiler import Limits as Limits
+    from sae_steer.errors import SteerError as SteerError
     from sae_steer.inprocess import Rows as Rows
     from sae_steer.inprocess import Steer as Steer
     from sae_steer.inprocess import attach as attach
-    from sae_steer.compiler import Limits as Limits
-    from sae_steer.errors import SteerError as SteerError
     from sae_steer.sae import open_sae as open_sae
     from sae_steer.schema import steering_json_schema as steering_json_schema
 

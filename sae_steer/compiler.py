@@ -29,6 +29,7 @@ class Limits:
         wide_programs: Slots for wider programs.
         wide_rows: Features at one site in a wide slot.
         max_edits: Edited features in one request, over all sites.
+        dose_limit: Largest dose that any request may have, whatever it asks for.
     """
 
     max_programs: int = 32
@@ -36,6 +37,7 @@ class Limits:
     wide_programs: int = 4
     wide_rows: int = 512
     max_edits: int = 512
+    dose_limit: float = math.inf
 
     @property
     def widest(self) -> int:
@@ -102,15 +104,15 @@ def compile_program(
         _resolve(edit, catalog, sites, selectors, builders, steering.override, bos_token_id)
     _gates(edits, catalog, builders)
     drops = _drops(steering, catalog, builders)
-    limit, on_dose = (steering.dose.limit, steering.dose.on_dose) if steering.dose else (math.inf, "fail")
+    dose = steering.dose
     program = Program(
         sites=tuple(
             SiteProgram(builder.site, tuple(builder.rows.values()), drops.get(builder.site))
             for builder in sorted(builders.values(), key=lambda b: (b.site.write.order, b.site.read.order))
         ),
         selectors=tuple(selectors),
-        dose_limit=limit,
-        on_dose=on_dose,
+        dose_limit=min(dose.limit if dose else math.inf, limits.dose_limit),
+        on_dose=dose.on_dose if dose else "fail",
     )
     _check_limits(program, limits)
     return program

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
 from sae_steer.catalog import Catalog
 from sae_steer.families import locate
 from sae_steer.reference import Token, edit_tokens
 from sae_steer.schema import Steering, parse_steering
 from sae_steer.sites import Site
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 
 def in_float64(model: PreTrainedModel) -> PreTrainedModel:

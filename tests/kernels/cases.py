@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from sae_steer_kernels import Act, EditBuffers, EditTable, Norm, RowFloat, RowInt, SlotFloat, SlotInt
 from torch import Tensor
+
+from sae_steer_kernels import Act, EditBuffers, EditTable, Norm, RowFloat, RowInt, SlotFloat, SlotInt
 
 ACTS = [act for act in Act if act is not Act.TOPK]
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sae_steer_kernels import FEATURE_EDIT, EditBuffers, EditTable, Flag, RowFloat, RowInt, SlotInt, feature_edit
-from sae_steer_kernels.feature_edit.reference import feature_edit_reference, gain_at
 from torch import Tensor
 
+from sae_steer_kernels import FEATURE_EDIT, EditBuffers, EditTable, Flag, RowFloat, RowInt, SlotInt, feature_edit
+from sae_steer_kernels.feature_edit.reference import feature_edit_reference, gain_at
 from tests.kernels.cases import Step, make_step
 
 ON = torch.tensor(True)
@@ -213,9 +213,7 @@ def test_the_override_must_name_an_implementation(monkeypatch: pytest.MonkeyPatc
 
 def test_empty_tables_do_nothing() -> None:
     step = make_step(4, tokens=5, width=8, rows=3, slots=2)
-    step.table = EditTable.empty(
-        slots=2, rows=3, width=8, width_out=8, dtype=torch.float32, device=torch.device("cpu")
-    )
+    step.table = EditTable.empty(slots=2, rows=3, width=8, width_out=8, dtype=torch.float32, device=torch.device("cpu"))
     out, buffers = run(step)
     assert torch.equal(out, step.y)
     assert not buffers.flags.any()

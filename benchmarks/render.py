@@ -1,0 +1,75 @@
+"""Writes the numbers of the committed results into the README, between its markers.
+
+python benchmarks/render.py            # rewrite README.md
+python benchmarks/render.py --check    # exit with 1 where it is out of date
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def attach_idle(result: dict[str, Any]) -> str:
+    rows = [
+        "| tokens in the pass | bare | attached, idle | ratio (95 % interval) | pairs |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for run in result["runs"]:
+        low, high = run["ratio_interval_95"]
+        rows.append(
+            f"| {run['tokens']} | {run['plain_ms_median']:.1f} ms | {run['attached_ms_median']:.1f} ms "
+            f"| {run['ratio_median']:.4f} ({low:.4f} to {high:.4f}) | {run['pairs']} |"
+        )
+    machine = (
+        f"{result['hardware']['cpu']}, {result['hardware']['threads']} threads, torch {result['versions']['torch']}"
+    )
+    layers = len(result["hooked_layers"])
+    return "\n".join(
+        [
+            f"Forward pass of a random model of {result['parameters'] / 1e6:.0f} M parameters with {layers} hooked "
+            f"layers and nobody steering, in pairs with the bare model ({machine}; `{result['command']}`):",
+            "",
+            *rows,
+        ]
+    )
+
+
+SECTIONS: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
+    "attach_idle": (RESULTS / "attach_idle.json", attach_idle),
+}
+
+
+def rendered(text: str) -> str:
+    """The README with every section filled from its result."""
+    for name, (path, render) in SECTIONS.items():
+        body = render(json.loads(path.read_text()))
+        pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            sys.exit(f"README.md has no section {name!r}.")
+        text = pattern.sub(lambda found, body=body: f"{found[1]}{body}\n{found[2]}", text)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where the README is out of date")
+    options = parser.parse_args()
+    text = README.read_text()
+    new = rendered(text)
+    if options.check:
+        if new != text:
+            sys.exit("README.md is out of date: run python benchmarks/render.py")
+    else:
+        README.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
