@@ -55,7 +55,7 @@ class CatalogSae:
                 f"The files of SAE {name!r} do not say where it belongs. "
                 f"Give its site, as in {name}=PATH@resid_post.12."
             )
-        labels = Labels.load(sae.path)
+        labels = Labels.load(sae.path, sae.spec.n_features)
         return cls(name, sae, site, labels, whole)
 
 

@@ -48,7 +48,6 @@ _LENS_KINDS = {
     "hook_mlp_out": Kind.MLP_OUT,
     "hook_mlp_in": Kind.MLP_IN,
     "mlp.hook_in": Kind.MLP_IN,
-    "ln2.hook_normalized": Kind.MLP_IN,
     "attn.hook_z": Kind.Z,
 }
 

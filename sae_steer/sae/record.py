@@ -115,14 +115,17 @@ class Sae(Protocol):
     @property
     def spec(self) -> SaeSpec:
         """What the checkpoint says about itself."""
+        ...
 
     @property
     def fingerprint(self) -> str:
         """``sha256:...`` over the bytes of the weights and the parsed spec (its notes aside)."""
+        ...
 
     @property
     def path(self) -> Path:
         """The folder that holds the checkpoint."""
+        ...
 
     def rows(self, ids: Sequence[int]) -> FeatureRows:
         """The rows of some features, in the order asked for; only they are read from disk.
@@ -131,9 +134,12 @@ class Sae(Protocol):
             UnknownFeature: An id outside ``[0, F)``.
             CheckpointError: A weight of these features that is not finite.
         """
+        ...
 
     def decoder_bias(self) -> Tensor:
         """``b_dec`` as ``[D_out]`` float32; raises :class:`CheckpointError` where it is not finite."""
+        ...
 
     def raw(self) -> Mapping[str, Tensor]:
         """The file's own tensors under their own names, whole, unfolded, as float64: for references and tests."""
+        ...

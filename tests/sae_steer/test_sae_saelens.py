@@ -81,6 +81,7 @@ def canonical_encode(spec: SaeSpec, rows: FeatureRows, x: Tensor) -> Tensor:
         case Activation.GATED:
             return (pre > 0) * (rows.mag_scale.double() * dot + rows.mag_bias.double()).relu()
         case Activation.TOPK:
+            assert spec.k is not None
             rank = (pre[:, None, :] > pre[:, :, None]).sum(-1)
             return pre.relu() * (rank < spec.k)
     raise AssertionError(spec.activation)
@@ -275,6 +276,25 @@ def test_rows_of_any_ids(
     # A pre-activation within rounding of its threshold may fall on either side.
     close = torch.isclose(found, literal, rtol=1e-4, atol=1e-4)
     assert (~close).sum() <= 1
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "gated"])
+def test_folds_are_float64_and_do_not_depend_on_the_other_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    d_in, n_features = 768, 300
+    large = torch.randn(d_in) * 1e4  # the fold then cancels nearly all digits of a float32
+    write_saelens(tmp_path, architecture=architecture, d_in=d_in, n_features=n_features, tensors={"b_dec": large})
+    sae = open_sae(tmp_path)
+    raw, every = sae.raw(), sae.rows(range(n_features))
+    exact = raw["b_gate" if architecture == "gated" else "b_enc"] - raw["b_dec"] @ raw["W_enc"]
+    torch.testing.assert_close(every.bias.double(), exact, rtol=1e-7, atol=1e-6)
+    for field in dataclasses.fields(FeatureRows):
+        whole = getattr(every, field.name)
+        single = torch.cat([getattr(sae.rows([feature]), field.name) for feature in range(n_features)])
+        assert torch.equal(whole, single), field.name
+    monkeypatch.setattr("sae_steer.sae.weights.BLOCK", 7)
+    assert torch.equal(sae.rows(range(n_features)).bias, every.bias)
 
 
 @pytest.mark.parametrize("architecture", SAES)
