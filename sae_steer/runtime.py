@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
+import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -52,6 +53,7 @@ class Runtime:
         buckets = [Bucket(limits.max_programs, limits.rows)]
         if limits.wide_programs:
             buckets.append(Bucket(limits.wide_programs, limits.wide_rows))
+        self._device = model.device
         self._pool = SlotPool(buckets)
         self._lock = threading.Lock()
         self._step = StepMap(len(buckets), model.device)
@@ -151,6 +153,9 @@ class Runtime:
                 layer.tables.write(slot.bucket, slot.index, parts[site], program)
             else:
                 layer.tables.clear(slot.bucket, slot.index)
+        # The forward pass may run on a stream of its own, which must not read the tables before they are written.
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def release(self, program: Program) -> None:
         """Gives back one hold on a program's slot."""
