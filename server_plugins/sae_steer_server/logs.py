@@ -3,7 +3,6 @@
 import logging
 import sys
 import traceback
-import warnings
 from dataclasses import dataclass, field
 from secrets import token_hex
 from time import perf_counter
@@ -60,12 +59,21 @@ def record_of(scope: Scope) -> Record:
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
     """A logger of this server; goes through the standard library's, so that levels and handlers are one thing."""
-    return cast(structlog.stdlib.BoundLogger, structlog.stdlib.get_logger(name))
+    return structlog.stdlib.get_logger(name)
 
 
 def where(error: BaseException) -> list[str]:
     """The frames of an unexpected error, innermost last, without its message: that may quote a prompt."""
     return [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
+
+
+def _exception(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Replaces an exception by its class and frames, for the reason given at :func:`where`."""
+    info = event.pop("exc_info", None)
+    error = info[1] if isinstance(info, tuple) else sys.exc_info()[1] if info is True else info
+    if isinstance(error, BaseException):
+        event.update(error=type(error).__name__, frames=where(error))
+    return event
 
 
 def configure(level: str) -> None:
@@ -87,7 +95,7 @@ def configure(level: str) -> None:
             foreign_pre_chain=shared,
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.format_exc_info,
+                _exception,
                 structlog.processors.JSONRenderer(),
             ],
         )
@@ -98,4 +106,3 @@ def configure(level: str) -> None:
     for chatty in ("httpx", "httpcore", "urllib3", "filelock", "asyncio"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
     logging.captureWarnings(True)
-    warnings.simplefilter("default")

@@ -24,8 +24,8 @@ def _named(text: str, option: str, example: str) -> tuple[str, str]:
         return _NAME.validate_python(name), rest
     except ValidationError:
         raise StartError(
-            f"{option} {text!r}: {name!r} is not a name. Names start with a letter or digit and go on with letters, digits, "
-            "'_', '.' and '-'."
+            f"{option} {text!r}: {name!r} is not a name. Names start with a letter or digit and go on with letters, "
+            "digits, '_', '.' and '-'."
         ) from None
 
 
@@ -95,7 +95,7 @@ class Settings:
         profiles: Folder of profiles; None = there are none.
         served_names: Names under which the model is served; none = one made from ``model``.
         dtype: The model's element type; ``auto`` is the one its files state.
-        device: Where the model runs, such as ``cpu`` or ``cuda:0``.
+        device: Where the model runs, such as ``cpu`` or ``cuda:0``; ``auto`` is a GPU where there is one.
         host: Address to bind.
         port: Port to bind; 0 = any free one.
         api_key: Bearer key of every /v1 route; None = open.
@@ -103,6 +103,8 @@ class Settings:
         allowed_hosts: Values of the Host header that are answered, beside the bound one and localhost; ``*`` = any.
         limits: What the slots hold.
         max_running: Sequences in one forward pass.
+        max_model_len: Longest prompt with its completion, in tokens; None = the model's context.
+        kv_tokens: Tokens that the key-value cache holds; None = the engine's choice.
         max_concurrent: Choices that run or wait at once; beyond it requests get 429.
         max_body_bytes: Largest request body.
         log_level: Least level that is logged.
@@ -117,7 +119,7 @@ class Settings:
     profiles: Path | None = None
     served_names: tuple[str, ...] = ()
     dtype: DType = "auto"
-    device: str = "cpu"
+    device: str = "auto"
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = field(default=None, repr=False)
@@ -125,6 +127,8 @@ class Settings:
     allowed_hosts: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     max_running: int = 16
+    max_model_len: int | None = None
+    kv_tokens: int | None = None
     max_concurrent: int = 64
     max_body_bytes: int = 2**20
     log_level: str = "info"

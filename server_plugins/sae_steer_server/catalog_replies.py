@@ -1,0 +1,98 @@
+"""What the routes that list things answer: models, SAEs, features, profiles, capabilities, health."""
+
+from typing import Any, Literal
+
+from sae_steer_server.replies import Reply
+
+
+class Model(Reply):
+    """A served model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(Reply):
+    """The served models."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class SaeEntry(Reply):
+    """A loaded SAE."""
+
+    id: str
+    site: str
+    architecture: str
+    features: int
+    width: int
+    fingerprint: str
+
+
+class SaeList(Reply):
+    """The loaded SAEs."""
+
+    data: list[SaeEntry]
+
+
+class FeatureEntry(Reply):
+    """A labelled feature."""
+
+    sae: str
+    feature: int
+    label: str | None
+    reference_max: float | None
+
+
+class FeatureList(Reply):
+    """Labelled features."""
+
+    data: list[FeatureEntry]
+
+
+class ProfileEntry(Reply):
+    """A stored profile, shortly."""
+
+    name: str
+    description: str
+    interventions: int
+
+
+class ProfileList(Reply):
+    """The stored profiles."""
+
+    data: list[ProfileEntry]
+
+
+class Deleted(Reply):
+    """A profile that is no more."""
+
+    name: str
+    deleted: Literal[True]
+
+
+class Capability(Reply):
+    """What this server can do, or why not."""
+
+    key: str
+    what: str
+    supported: bool
+    why: str | None
+    instead: str | None
+
+
+class CapabilityList(Reply):
+    """What this server can do, and how much of it."""
+
+    host: str
+    data: list[Capability]
+    limits: dict[str, Any]
+
+
+class Health(Reply):
+    """Whether the engine lives."""
+
+    status: Literal["ok", "down"]

@@ -1,0 +1,185 @@
+"""The command ``sae-steer``."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import typer
+
+import sae_steer
+from sae_steer.compiler import Limits
+from sae_steer.errors import StartError
+from sae_steer.schema import steering_json_schema
+from sae_steer.sites import Site
+from sae_steer_server import logs
+from sae_steer_server.settings import DType, SaeSource, Settings, VectorSource
+from sae_steer_server.sockets import bind
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+app = typer.Typer(
+    name="sae-steer",
+    help="Serves language models whose features every request may edit, through sparse autoencoders (SAEs).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+_SERVE_HELP = """
+Serve MODEL over an OpenAI-compatible HTTP API, with the field `steering` in every request.
+
+**Examples**
+
+The small model that comes with the package, on any free port:
+
+    sae-steer serve demo --port 0
+
+A model with one SAE, called res12 in requests, at the place that its files state:
+
+    sae-steer serve ./gemma --sae res12=./sae-layer-12
+
+An SAE from the Hugging Face hub, at a revision, attached at another place, held whole in memory:
+
+    sae-steer serve google/gemma-2-2b --sae res12=org/repo/layer_12#main@resid_post.12 --whole res12
+
+Then, from anywhere:
+
+    curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '
+      {"model": "gemma", "prompt": "Once", "steering": {"interventions": [
+        {"sae": "res12", "features": [4021], "op": "clamp", "value": 8.0}]}}'
+"""
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Options of the command itself."""
+    if version:
+        print(sae_steer.__version__)
+        raise typer.Exit
+
+
+@app.command(help=_SERVE_HELP)
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or `demo`: the embedded model.")],
+    sae: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=LOCATION[@SITE]",
+            help="An SAE and its name in requests. LOCATION is a folder or org/repo[/folder][#revision]; SITE, such as "
+            "resid_post.12, overrides the one that its files state. Repeatable.",
+        ),
+    ] = None,
+    whole: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help='Hold this SAE\'s whole dictionary in memory: for TopK SAEs, and for "error": "drop". Repeatable.',
+        ),
+    ] = None,
+    vector: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE.safetensors", help="A plain direction and its name in requests. Repeatable."),
+    ] = None,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SITE", help="One more place to hook, for vectors where no SAE is. Repeatable."),
+    ] = None,
+    profiles: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of stored profiles; each is served as MODEL:PROFILE.")
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="What requests call the model. Repeatable.")
+    ] = None,
+    dtype: Annotated[DType, typer.Option(help="Element type of the model; auto = the one its files state.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N; auto = a GPU where there is one.")] = "auto",
+    host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to bind; 0 = any free one, which is printed.")
+    ] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="SAE_STEER_API_KEY", help="Bearer key that every /v1 route asks for.")
+    ] = None,
+    admin_key: Annotated[
+        str | None,
+        typer.Option(envvar="SAE_STEER_ADMIN_KEY", help="Key for storing and deleting profiles; off without it."),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST", help="A Host header to answer, beside the bound one and localhost; * = any."),
+    ] = None,
+    max_programs: Annotated[int, typer.Option(min=1, max=4096, help="Different programs that run at once.")] = 32,
+    max_edits: Annotated[int, typer.Option(min=1, max=65536, help="Edited features in one request.")] = 512,
+    max_running: Annotated[int, typer.Option(min=1, max=4096, help="Sequences in one forward pass.")] = 16,
+    max_concurrent: Annotated[
+        int, typer.Option(min=1, max=65536, help="Choices that run or wait at once; beyond it requests get 429.")
+    ] = 64,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(min=2, help="Longest prompt with its completion, in tokens; default: the model's context."),
+    ] = None,
+    kv_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that the key-value cache holds; default: chosen from the above.")
+    ] = None,
+    max_body_bytes: Annotated[int, typer.Option(min=1024, help="Largest request body.")] = 2**20,
+    log_level: Annotated[LogLevel, typer.Option(help="Least level that is logged, as JSON lines on stderr.")] = "info",
+    shutdown_grace: Annotated[
+        float, typer.Option(min=0, help="Seconds that running requests get to finish after SIGTERM.")
+    ] = 10.0,
+) -> None:
+    """See ``_SERVE_HELP``."""
+    try:
+        settings = Settings(
+            model=model,
+            saes=tuple(SaeSource.parse(text) for text in sae or ()),
+            whole=frozenset(whole or ()),
+            vectors=tuple(VectorSource.parse(text) for text in vector or ()),
+            sites=tuple(Site.parse(text) for text in site or ()),
+            profiles=profiles,
+            served_names=tuple(served_model_name or ()),
+            dtype=dtype,
+            device=device,
+            host=host,
+            port=port,
+            api_key=api_key or None,
+            admin_key=admin_key or None,
+            allowed_hosts=tuple(allowed_host or ()),
+            limits=Limits(max_programs=max_programs, max_edits=max_edits),
+            max_running=max_running,
+            max_model_len=max_model_len,
+            kv_tokens=kv_tokens,
+            max_concurrent=max_concurrent,
+            max_body_bytes=max_body_bytes,
+            log_level=log_level,
+            shutdown_grace=shutdown_grace,
+        )
+        _run(settings)
+    except StartError as error:
+        _refuse(error)
+
+
+def _run(settings: Settings) -> None:
+    logs.configure(settings.log_level)
+    with bind(settings.host, settings.port) as sock:
+        # Here, not above: transformers takes seconds, which --help, a wrong option and a taken port need not wait for.
+        from sae_steer_server.load import load
+        from sae_steer_server.serve import serve
+
+        serve(load(settings), sock)
+
+
+def _refuse(error: StartError) -> NoReturn:
+    print(f"sae-steer: {error.message}", file=sys.stderr)
+    raise typer.Exit(2) from None
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the request field `steering`."""
+    print(json.dumps(steering_json_schema(), indent=2))
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()

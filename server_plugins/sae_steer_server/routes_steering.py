@@ -1,0 +1,172 @@
+"""``/v1/steering``: what a request may name, what the server can honour, and the profiles."""
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Path, Query, Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import JSONResponse, Response
+
+from sae_steer.errors import Forbidden, RequestError, Unauthorized
+from sae_steer.schema import Profile, parse_profile, steering_json_schema
+from sae_steer_server.bodies import read_json
+from sae_steer_server.catalog_replies import (
+    Capability,
+    CapabilityList,
+    Deleted,
+    FeatureEntry,
+    FeatureList,
+    ProfileEntry,
+    ProfileList,
+    SaeEntry,
+    SaeList,
+)
+from sae_steer_server.http_errors import ProfileNotFound, SaeNotFound
+from sae_steer_server.openapi import admin_security, errors, request_body
+from sae_steer_server.replies import Reply
+from sae_steer_server.security import ADMIN_HEADER, same_key
+from sae_steer_server.state import ServerState, state_of
+from sae_steer_server.steering import check_profile
+
+router = APIRouter(prefix="/v1/steering", tags=["steering"])
+
+
+class FeatureQuery(BaseModel):
+    """What to search for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    sae: Annotated[str, Field(description="Name of an SAE; left out = all of them.")] | None = None
+    q: Annotated[str, Field(max_length=256, description="Part of a label; left out = every labelled feature.")] = ""
+    limit: Annotated[int, Field(ge=1, le=1000)] = 20
+
+
+@router.get("/saes", responses={200: {"model": SaeList}, **errors(401)})
+async def saes(request: Request) -> Response:
+    """The loaded SAEs."""
+    entries = [
+        SaeEntry(
+            id=entry.name,
+            site=str(entry.site),
+            architecture=entry.sae.spec.architecture,
+            features=entry.sae.spec.n_features,
+            width=entry.sae.spec.d_in,
+            fingerprint=entry.sae.fingerprint,
+        )
+        for entry in state_of(request).catalog.saes.values()
+    ]
+    return _json(SaeList(data=entries))
+
+
+@router.get("/features", responses={200: {"model": FeatureList}, **errors(400, 401, 404)})
+async def features(request: Request, query: Annotated[FeatureQuery, Query()]) -> Response:
+    """Labelled features whose label contains a text, in any case."""
+    catalog = state_of(request).catalog
+    if query.sae is not None and query.sae not in catalog.saes:
+        raise SaeNotFound(f"There is no SAE {query.sae!r}. GET /v1/steering/saes lists those there are.", param="sae")
+    found: list[FeatureEntry] = []
+    for name in [query.sae] if query.sae is not None else catalog.saes:
+        labels = await asyncio.to_thread(catalog.search_features, name, query.q, query.limit - len(found))
+        found += [
+            FeatureEntry(sae=name, feature=label.feature, label=label.label, reference_max=label.reference_max)
+            for label in labels
+        ]
+    return _json(FeatureList(data=found))
+
+
+@router.get("/capabilities", responses={200: {"model": CapabilityList}, **errors(401)})
+async def capabilities(request: Request) -> Response:
+    """What this server can honour, and what to do instead of what it cannot."""
+    state = state_of(request)
+    limits = {
+        "max_programs": state.limits.max_programs,
+        "max_wide_programs": state.limits.wide_programs,
+        "max_edits": state.limits.max_edits,
+        "max_edits_per_site": state.limits.widest,
+        "max_choices": state.concurrency.limit,
+        "max_body_bytes": state.settings.max_body_bytes,
+        "max_model_len": state.engine.max_model_len,
+    }
+    rows = [Capability(**row) for row in state.capabilities.table()]
+    return _json(CapabilityList(host=state.capabilities.host, data=rows, limits=limits))
+
+
+@router.get("/schema", responses={200: {"model": dict[str, Any]}, **errors(401)})
+async def schema() -> Response:
+    """The JSON Schema of the field ``steering``."""
+    return JSONResponse(steering_json_schema())
+
+
+async def admin(request: Request) -> ServerState:
+    """The state, for who has the admin key; raises :class:`Unauthorized`, or :class:`Forbidden` where there is none."""
+    state = state_of(request)
+    key = state.settings.admin_key
+    if key is None:
+        raise Forbidden("Nothing can change this server: it was started without --admin-key.")
+    if not same_key(request.headers.get(ADMIN_HEADER, ""), key):
+        raise Unauthorized(f"The admin key is missing or wrong. Send it in the header {ADMIN_HEADER}.")
+    return state
+
+
+Admin = Annotated[ServerState, Depends(admin)]
+ProfileName = Annotated[str, Path(max_length=128)]
+
+
+@router.get("/profiles", responses={200: {"model": ProfileList}, **errors(400, 401)})
+async def profiles(request: Request) -> Response:
+    """The stored profiles."""
+    catalog = state_of(request).catalog
+    stored = [catalog.profile(name) for name in catalog.profile_names()]
+    entries = [ProfileEntry(name=p.name, description=p.description, interventions=len(p.interventions)) for p in stored]
+    return _json(ProfileList(data=entries))
+
+
+@router.get("/profiles/{name}", responses={200: {"model": Profile}, **errors(400, 401, 404)})
+async def get_profile(request: Request, name: ProfileName) -> Response:
+    """A stored profile."""
+    return _profile(_stored(state_of(request), name))
+
+
+@router.put(
+    "/profiles/{name}",
+    responses={200: {"model": Profile}, **errors(400, 401, 413)},
+    openapi_extra=request_body(Profile) | admin_security(),
+)
+async def put_profile(request: Request, name: ProfileName, state: Admin) -> Response:
+    """Stores a profile, or replaces it, once it was shown to compile. Requests that run keep what they began with."""
+    profile = parse_profile(await read_json(request, state.settings.max_body_bytes), root="")
+    if profile.name != name:
+        raise RequestError(f"name: the profile is called {profile.name!r}, and the address {name!r}.", param="name")
+    check_profile(state, profile)
+    await asyncio.to_thread(state.catalog.put_profile, profile)
+    return _profile(profile)
+
+
+@router.delete(
+    "/profiles/{name}",
+    responses={200: {"model": Deleted}, **errors(400, 401, 404)},
+    openapi_extra=admin_security(),
+)
+async def delete_profile(name: ProfileName, state: Admin) -> Response:
+    """Removes a profile. Requests that run keep it."""
+    _require_name(state, name)
+    await asyncio.to_thread(state.catalog.delete_profile, name)
+    return _json(Deleted(name=name, deleted=True))
+
+
+def _require_name(state: ServerState, name: str) -> None:
+    if name not in state.catalog.profile_names():
+        raise ProfileNotFound(f"There is no profile {name!r}. GET /v1/steering/profiles lists them.", param="name")
+
+
+def _stored(state: ServerState, name: str) -> Profile:
+    _require_name(state, name)
+    return state.catalog.profile(name)
+
+
+def _profile(profile: Profile) -> Response:
+    return Response(profile.model_dump_json(exclude_defaults=True), media_type="application/json")
+
+
+def _json(reply: Reply) -> Response:
+    return Response(reply.encode(), media_type="application/json")

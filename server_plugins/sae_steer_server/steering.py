@@ -1,0 +1,107 @@
+"""From a request's model name and ``steering`` field to the program that runs: never to less than was asked."""
+
+import re
+from collections.abc import Iterator
+
+from sae_steer.compiler import compile_program
+from sae_steer.errors import DuplicateEdit, RequestError, StartError, SteerError
+from sae_steer.program import Program
+from sae_steer.schema import Profile, Steering, parse_steering
+from sae_steer_server.http_errors import ModelNotFound
+from sae_steer_server.state import ServerState
+
+_PROFILE_PATH = re.compile(r"\bsteering\.profiles\[(\d+)\]")
+
+
+def model_ids(state: ServerState) -> Iterator[str]:
+    """Every name that ``model`` may have: the served names, and each of them with each profile."""
+    names = state.settings.model_names
+    yield from names
+    for profile in state.catalog.profile_names():
+        yield from (f"{name}:{profile}" for name in names)
+
+
+def profile_of(state: ServerState, model: str) -> str | None:
+    """The profile that a model's name means, or None for the model itself; raises :class:`ModelNotFound`."""
+    names = state.settings.model_names
+    if model in names:
+        return None
+    # Matched against the list, never taken apart: a model's own name may hold a colon.
+    for profile in state.catalog.profile_names():
+        if any(model == f"{name}:{profile}" for name in names):
+            return profile
+    raise ModelNotFound(f"There is no model {model!r}. GET /v1/models lists those there are.", param="model")
+
+
+def compile_steering(state: ServerState, steering: Steering, model: str) -> Program | None:
+    """Compiles what a request asks by its model's name and its ``steering`` field.
+
+    Raises:
+        ModelNotFound: The model is not served.
+        RequestError: Something cannot be honoured; ``param`` is a path into the client's own body.
+    """
+    profile = profile_of(state, model)
+    if profile is None:
+        return _compile(state, steering)
+    if profile in steering.profiles:
+        at = steering.profiles.index(profile)
+        param = f"steering.profiles[{at}]"
+        raise DuplicateEdit(f"{param}: the model {model!r} has this profile already; leave it out.", param=param)
+    try:
+        return _compile(state, steering.model_copy(update={"profiles": [profile, *steering.profiles]}))
+    except SteerError as error:
+        # The compiler counted the model's profile as the first of the list, which the client never wrote.
+        error.message = _as_written(error.message)
+        error.param = _as_written(error.param) if error.param is not None else None
+        raise
+
+
+def _as_written(text: str) -> str:
+    def path(match: re.Match[str]) -> str:
+        number = int(match[1])
+        return f"steering.profiles[{number - 1}]" if number else "model"
+
+    return _PROFILE_PATH.sub(path, text)
+
+
+def _compile(state: ServerState, steering: Steering) -> Program | None:
+    return compile_program(
+        steering,
+        state.catalog,
+        state.capabilities,
+        state.limits,
+        sites=state.sites,
+        bos_token_id=state.bos_token_id,
+    )
+
+
+def check_profile(state: ServerState, profile: Profile) -> None:
+    """Compiles a profile that is not stored yet; raises :class:`RequestError` with a path into the profile."""
+    for name, fingerprint in profile.saes.items():
+        have = state.catalog.sae(name, param=f"saes.{name}").sae.fingerprint
+        if have != fingerprint:
+            raise RequestError(
+                f"saes.{name}: the profile was made for {fingerprint}, and this server has {have}.",
+                param=f"saes.{name}",
+                code="fingerprint_mismatch",
+            )
+    try:
+        _compile(state, parse_steering({"interventions": profile.interventions}))
+    except SteerError as error:
+        error.message = error.message.replace("steering.interventions", "interventions")
+        error.param = error.param.removeprefix("steering.") if error.param is not None else None
+        raise
+
+
+def check_profiles(state: ServerState) -> None:
+    """Refuses the start over a stored profile that could not be used, or whose model name is taken."""
+    names = state.settings.model_names
+    for profile in state.catalog.profile_names():
+        taken = next((name for name in names if name in [f"{base}:{profile}" for base in names]), None)
+        if taken is not None:
+            raise StartError(f"Profile {profile!r} would be the model {taken!r}, which is served already. Rename one.")
+        try:
+            _compile(state, parse_steering({"profiles": [profile]}))
+        except RequestError as error:
+            message = error.message.removeprefix("steering.profiles[0]: ").replace("steering.profiles[0].", "")
+            raise StartError(f"Profile {profile!r} cannot be used: {message}") from None
