@@ -2,7 +2,7 @@
 
 One model is measured in turns with and without the hooks of `sae_steer.attach`, so that the machine's drift meets both
 sides alike. A pair is one pass of each, in alternating order; the result is the median of the pairs' ratios, with a
-bootstrap interval. The run goes on until the interval is half as wide as the bound it is held against, or the pairs run out.
+bootstrap interval. The run goes on until the interval is half as wide as the bound it is held against, or pairs end.
 
     python benchmarks/attach_idle.py --out benchmarks/results/attach_idle.json
 """

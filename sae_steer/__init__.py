@@ -7,18 +7,18 @@ is used, because plugin loaders import it in processes that never steer.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sae_steer.compiler import Limits as Limits
     from sae_steer.errors import SteerError as SteerError
     from sae_steer.inprocess import Rows as Rows
     from sae_steer.inprocess import Steer as Steer
     from sae_steer.inprocess import attach as attach
+    from sae_steer.limits import Limits as Limits
     from sae_steer.sae import open_sae as open_sae
     from sae_steer.schema import steering_json_schema as steering_json_schema
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Limits": "sae_steer.compiler",
+    "Limits": "sae_steer.limits",
     "Rows": "sae_steer.inprocess",
     "Steer": "sae_steer.inprocess",
     "SteerError": "sae_steer.errors",

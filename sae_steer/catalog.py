@@ -106,10 +106,12 @@ class ProfileStore:
 
     Args:
         folder: Where profiles live; None = there are none, and none can be stored.
+        writable: Whether profiles may be stored and removed.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, *, writable: bool = True) -> None:
         self.folder = folder
+        self.writable = writable
         self._cache: dict[str, tuple[tuple[int, int, int], Profile]] = {}
 
     def names(self) -> list[str]:
@@ -163,8 +165,8 @@ class ProfileStore:
         shutil.rmtree(self._writable() / name)
 
     def _writable(self) -> Path:
-        if self.folder is None:
-            raise Forbidden("This server has no folder for profiles. Start it with --profiles DIR.")
+        if self.folder is None or not self.writable:
+            raise Forbidden("This server has no folder of its own for profiles. Start it with --profiles DIR.")
         return self.folder
 
 
@@ -175,6 +177,7 @@ class Catalog:
         saes: The SAEs; two of one name raise :class:`StartError`.
         vectors: The plain vectors; likewise.
         profiles: Folder of profiles.
+        writable: Whether profiles may be stored and removed.
     """
 
     def __init__(
@@ -182,10 +185,12 @@ class Catalog:
         saes: Iterable[CatalogSae],
         vectors: Iterable[Vector] = (),
         profiles: Path | None = None,
+        *,
+        writable: bool = True,
     ) -> None:
         self.saes: Mapping[str, CatalogSae] = _by_name(saes, "SAE")
         self.vectors: Mapping[str, Vector] = _by_name(vectors, "vector")
-        self.profiles = ProfileStore(profiles)
+        self.profiles = ProfileStore(profiles, writable=writable)
 
     def sae(self, name: str, *, param: str | None = None) -> CatalogSae:
         """The SAE of that name; raises :class:`UnknownName` with those there are."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from sae_steer.capabilities import Capabilities
 from sae_steer.catalog import Catalog
 from sae_steer.errors import DuplicateEdit, LimitExceeded, RequestError, UnknownName, Unsupported
+from sae_steer.limits import Limits
 from sae_steer.lowering import check_features, check_topk, rows_of
 from sae_steer.program import Gate, Phase, Program, Row, Selector, SiteProgram
 from sae_steer.sae import InputNorm
@@ -17,32 +18,6 @@ from sae_steer.schema import Intervention, Positions, Ranges, Steering, When
 from sae_steer.sites import Site
 
 MAX_SELECTORS = 31  # a token carries its selectors as the bits of an int32
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a host holds; requests beyond it are refused.
-
-    Args:
-        max_programs: Slots for programs of up to ``rows`` features a site.
-        rows: Features (edited or gating) at one site in an ordinary slot.
-        wide_programs: Slots for wider programs.
-        wide_rows: Features at one site in a wide slot.
-        max_edits: Edited features in one request, over all sites.
-        dose_limit: Largest dose that any request may have, whatever it asks for.
-    """
-
-    max_programs: int = 32
-    rows: int = 16
-    wide_programs: int = 4
-    wide_rows: int = 512
-    max_edits: int = 512
-    dose_limit: float = math.inf
-
-    @property
-    def widest(self) -> int:
-        """The most rows that a program may have at one site."""
-        return max(self.rows, self.wide_rows if self.wide_programs else 0)
 
 
 @dataclass(frozen=True, slots=True)

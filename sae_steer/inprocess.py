@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from sae_steer.capabilities import IN_PROCESS
 from sae_steer.catalog import Catalog, CatalogSae, Vector
-from sae_steer.compiler import Limits, compile_program
+from sae_steer.compiler import compile_program
 from sae_steer.errors import LimitExceeded, Unsupported
+from sae_steer.limits import Limits
 from sae_steer.program import Program
 from sae_steer.report import Run
 from sae_steer.runtime import Runtime

@@ -11,11 +11,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from sae_steer.catalog import Catalog
-from sae_steer.compiler import Limits
 from sae_steer.edit_layer import EditLayer
 from sae_steer.errors import WidthMismatch
 from sae_steer.families import width
 from sae_steer.hooks import install
+from sae_steer.limits import Limits
 from sae_steer.program import Program
 from sae_steer.report import Run
 from sae_steer.sites import Site

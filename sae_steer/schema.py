@@ -7,9 +7,11 @@ never turn into a request that is not steered as asked.
 
 import json
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from sae_steer.errors import SchemaError
 
@@ -17,6 +19,8 @@ MAX_INTERVENTIONS = 256
 MAX_FEATURES = 16384
 MAX_RANGES = 64
 MAX_DEPTH = 32
+# What pydantic calls a branch of a union: a tag of ours, a type or a class. No field of the wire looks like it.
+_VARIANT = re.compile(r"^~|-|\[|^float$|^[A-Z]")
 
 Name = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}$", description="A name in the server's catalog.")
@@ -271,13 +275,15 @@ _STEERING = TypeAdapter(Steering)
 _PROFILE = TypeAdapter(Profile)
 
 
-def json_path(root: str, location: tuple[int | str, ...]) -> str:
-    """``steering.interventions[0].value`` from pydantic's location; names of union variants are left out."""
+def json_path(root: str, fault: ErrorDetails) -> str:
+    """``steering.interventions[0].value`` from a fault's location; names of union variants are left out."""
+    location = fault["loc"]
+    unknown = fault["type"] == "extra_forbidden"  # then the last part is the client's own word
     path = root
-    for part in location:
+    for i, part in enumerate(location):
         if isinstance(part, int):
             path += f"[{part}]"
-        elif not (part == "float" or part[:1].isupper() or "-" in part or "[" in part):
+        elif not _VARIANT.search(part) or (unknown and i == len(location) - 1):
             path = f"{path}.{part}" if path else part
     return path
 
@@ -286,7 +292,7 @@ def schema_error(error: ValidationError, root: str) -> SchemaError:
     """The first fault of a validation, as one of our errors with its JSON path."""
     faults = error.errors(include_url=False, include_context=False, include_input=False)
     first = faults[0]
-    path = json_path(root, first["loc"])
+    path = json_path(root, first)
     code = (
         "unknown_op"
         if first["type"] == "unknown_op"
@@ -351,6 +357,11 @@ def loads(text: str | bytes) -> Any:
         raise SchemaError(f"The body is not valid JSON: {error}", code="invalid_json") from None
     if _depth(value) > MAX_DEPTH:
         raise SchemaError(f"The body nests deeper than {MAX_DEPTH} levels.", code="too_deep")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        # JSON can spell half of a character; no tokenizer can read it.
+        raise SchemaError("The body holds half of a character (a lone surrogate).", code="invalid_unicode") from None
     return value
 
 

@@ -1,6 +1,7 @@
 """The command ``sae-steer``."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -8,8 +9,8 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 import sae_steer
-from sae_steer.compiler import Limits
 from sae_steer.errors import StartError
+from sae_steer.limits import Limits
 from sae_steer.schema import steering_json_schema
 from sae_steer.sites import Site
 from sae_steer_server import logs
@@ -110,8 +111,19 @@ def serve(
         typer.Option(metavar="HOST", help="A Host header to answer, beside the bound one and localhost; * = any."),
     ] = None,
     max_programs: Annotated[int, typer.Option(min=1, max=4096, help="Different programs that run at once.")] = 32,
+    features: Annotated[
+        int, typer.Option(min=1, max=1024, help="Features, edited or gating, that a program may use at one place.")
+    ] = 16,
+    wide_programs: Annotated[
+        int, typer.Option(min=0, max=4096, help="Programs beside those that may use more features than that.")
+    ] = 4,
+    wide_features: Annotated[int, typer.Option(min=2, max=65536, help="Features that these may use.")] = 512,
     max_edits: Annotated[int, typer.Option(min=1, max=65536, help="Edited features in one request.")] = 512,
-    max_running: Annotated[int, typer.Option(min=1, max=4096, help="Sequences in one forward pass.")] = 16,
+    dose_limit: Annotated[
+        float | None,
+        typer.Option(min=0, help="Largest change of a token, in multiples of its length, that any request may make."),
+    ] = None,
+    max_running: Annotated[int, typer.Option(min=1, max=4096, help="Sequences in one forward pass.")] = 32,
     max_concurrent: Annotated[
         int, typer.Option(min=1, max=65536, help="Choices that run or wait at once; beyond it requests get 429.")
     ] = 64,
@@ -145,7 +157,14 @@ def serve(
             api_key=api_key or None,
             admin_key=admin_key or None,
             allowed_hosts=tuple(allowed_host or ()),
-            limits=Limits(max_programs=max_programs, max_edits=max_edits),
+            limits=Limits(
+                max_programs=max_programs,
+                rows=features,
+                wide_programs=wide_programs,
+                wide_rows=wide_features,
+                max_edits=max_edits,
+                dose_limit=math.inf if dose_limit is None else dose_limit,
+            ),
             max_running=max_running,
             max_model_len=max_model_len,
             kv_tokens=kv_tokens,

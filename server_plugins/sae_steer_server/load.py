@@ -8,25 +8,24 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import sae_steer
+from sae_steer import embedded
 from sae_steer.catalog import Catalog, CatalogSae, Vector
 from sae_steer.errors import StartError
 from sae_steer.runtime import Runtime
 from sae_steer.sae import open_sae
-from sae_steer_server.engine import Engine
+from sae_steer_server.engine.engine import Engine
+from sae_steer_server.http.steering import check_profiles
 from sae_steer_server.logs import get_logger
 from sae_steer_server.metrics import Metrics
 from sae_steer_server.settings import SaeSource, Settings
 from sae_steer_server.state import ServerState
-from sae_steer_server.steering import check_profiles
 
 DEMO = "demo"
-_EMBEDDED = Path(sae_steer.__file__).parent / "embedded"
 _NEVER = {"trust_remote_code": False}  # a checkpoint is data; its code is not run
 _log: structlog.stdlib.BoundLogger = get_logger("sae_steer_server.load")
 
 
-def with_demo(settings: Settings, folder: Path = _EMBEDDED) -> Settings:
+def with_demo(settings: Settings, folder: Path = embedded.FOLDER) -> Settings:
     """Settings in which the model ``demo`` is the one that comes with the package, with its SAE and profiles.
 
     Raises:
@@ -44,7 +43,8 @@ def with_demo(settings: Settings, folder: Path = _EMBEDDED) -> Settings:
     return replace(
         settings,
         model=str(folder / "model"),
-        saes=(SaeSource("embedded", str(folder / "sae")), *settings.saes),
+        saes=(SaeSource(embedded.SAE_NAME, str(folder / "sae")), *settings.saes),
+        whole=settings.whole | {embedded.SAE_NAME},  # it is small
         profiles=settings.profiles or (profiles if profiles.is_dir() else None),
         served_names=settings.served_names or (DEMO,),
     )
@@ -106,7 +106,9 @@ def load_catalog(settings: Settings) -> Catalog:
         sae = open_sae(source.location, revision=source.revision)
         saes.append(CatalogSae.make(source.name, sae, site=source.site, whole=source.name in settings.whole))
     vectors = [Vector.load(source.name, source.path) for source in settings.vectors]
-    return Catalog(saes, vectors, settings.profiles)
+    # What is installed is not a server's to change.
+    writable = settings.profiles != embedded.PROFILES
+    return Catalog(saes, vectors, settings.profiles, writable=writable)
 
 
 def load_model(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

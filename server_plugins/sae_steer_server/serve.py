@@ -7,7 +7,7 @@ from types import FrameType
 
 import uvicorn
 
-from sae_steer_server.app import create_app
+from sae_steer_server.http.app import create_app
 from sae_steer_server.logs import get_logger
 from sae_steer_server.sockets import is_local, url_of
 from sae_steer_server.state import ServerState

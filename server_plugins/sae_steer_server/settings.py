@@ -6,8 +6,8 @@ from typing import Literal, Self
 
 from pydantic import TypeAdapter, ValidationError
 
-from sae_steer.compiler import Limits
 from sae_steer.errors import SiteError, StartError
+from sae_steer.limits import Limits
 from sae_steer.schema import Name
 from sae_steer.sites import Site
 
@@ -126,7 +126,7 @@ class Settings:
     admin_key: str | None = field(default=None, repr=False)
     allowed_hosts: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
-    max_running: int = 16
+    max_running: int = 32
     max_model_len: int | None = None
     kv_tokens: int | None = None
     max_concurrent: int = 64

@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from sae_steer.capabilities import TRANSFORMERS, Capabilities
 from sae_steer.catalog import Catalog
-from sae_steer.compiler import Limits
+from sae_steer.limits import Limits
 from sae_steer.sites import Site
-from sae_steer_server.concurrency import Concurrency
-from sae_steer_server.engine import Engine
+from sae_steer_server.engine.engine import Engine
+from sae_steer_server.http.concurrency import Concurrency
 from sae_steer_server.metrics import Metrics
 from sae_steer_server.settings import Settings
 

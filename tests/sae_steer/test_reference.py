@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sae_steer
 import torch
-from sae_steer.catalog import Catalog, CatalogSae
-from sae_steer.sae import open_sae
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+import sae_steer
+from sae_steer.catalog import Catalog, CatalogSae
+from sae_steer.sae import open_sae
 from tests import real_sae, reference_model
 
 LAYERS = (1, 3)

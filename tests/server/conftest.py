@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sae_steer.compiler import Limits
+from sae_steer.limits import Limits
+from sae_steer_server import logs
 from sae_steer_server.load import load
 from sae_steer_server.serve import make_server
 from sae_steer_server.settings import SaeSource, Settings, VectorSource
@@ -103,6 +104,9 @@ def base_settings(model_folder: Path, sae_folder: Path, vector_file: Path) -> Se
         kv_tokens=2048,
         shutdown_grace=0.2,
     )
+
+
+logs.configure("error")  # one line for each of thousands of requests would bury a failure's own output
 
 
 class Served:

@@ -12,12 +12,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from sae_steer.capabilities import TRANSFORMERS
 from sae_steer.catalog import Catalog, Vector
-from sae_steer.compiler import Limits, compile_program
+from sae_steer.compiler import compile_program
+from sae_steer.limits import Limits
 from sae_steer.program import Program
 from sae_steer.runtime import Runtime
 from sae_steer.schema import parse_steering
 from sae_steer.sites import Site
-from sae_steer_server.engine import Chunk, Engine, Sampling, TokenLogprob
+from sae_steer_server.engine.engine import Chunk, Engine, Sampling, TokenLogprob
 
 VOCABULARY, EOS = 300, (257, 258)
 SITE = "resid_post.1"

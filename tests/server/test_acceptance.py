@@ -1,4 +1,4 @@
-"""What the server answers, through the official client, is what was asked: against generate, alone, and the definition."""
+"""What the server answers through the official client: against generate, against itself alone, and the definition."""
 
 import asyncio
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import pytest
 import torch
 from openai import AsyncOpenAI
 
-from sae_steer.compiler import Limits
+from sae_steer.limits import Limits
 from sae_steer_server.settings import SaeSource, Settings
 from tests.server.conftest import Served
 from tests.steered_models import SteeredModel, embedded_model, story_model
@@ -82,9 +82,7 @@ def client_of(server: Served) -> AsyncOpenAI:
 
 def test_unsteered_equals_generate(steered: SteeredModel, server: Served) -> None:
     prompt = torch.tensor([steered.prompt])
-    out = steered.model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=TOKENS
-    )
+    out = steered.model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=TOKENS)
 
     async def run() -> Any:
         async with client_of(server) as client:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sae_steer_server.detokenize import Detokenizer, StopTexts, TokenTexts
+from sae_steer_server.engine.detokenize import Detokenizer, StopTexts, TokenTexts
 from tests.server.engine_host import tiny_tokenizer
 
 TINY = tiny_tokenizer()

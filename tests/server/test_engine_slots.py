@@ -11,7 +11,7 @@ from sae_steer.program import Program
 from sae_steer.runtime import StepSummary
 from sae_steer.slots import Slot
 from sae_steer.step import Span
-from sae_steer_server.steps import Part, Steps
+from sae_steer_server.engine.steps import Part, Steps
 from tests.server.engine_host import Host, ask, greedy, sampled, serving
 
 PROMPT = [256, 70, 71, 72, 73]

@@ -9,11 +9,11 @@ import httpx
 import openai
 import pytest
 
-from sae_steer_server import routes_generation
-from sae_steer_server.app import create_app
-from sae_steer_server.generation import Job, Outcome
+from sae_steer_server.engine.request import Chunk
+from sae_steer_server.http import routes_generation
+from sae_steer_server.http.app import create_app
+from sae_steer_server.http.generation import Job, Outcome
 from sae_steer_server.load import load
-from sae_steer_server.request import Chunk
 from sae_steer_server.settings import Settings
 from tests.server.conftest import CONTEXT, Serve, Served
 

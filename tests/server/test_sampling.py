@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from sae_steer.errors import RequestError
-from sae_steer_server.sampling import Sampling, draw, probabilities, uniform
+from sae_steer_server.engine.sampling import Sampling, draw, probabilities, uniform
 
 
 def sampling(temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, **changes: Any) -> Sampling:

@@ -7,7 +7,7 @@ from sae_steer.compiler import compile_program
 from sae_steer.errors import DuplicateEdit, RequestError, StartError, SteerError
 from sae_steer.program import Program
 from sae_steer.schema import Profile, Steering, parse_steering
-from sae_steer_server.http_errors import ModelNotFound
+from sae_steer_server.http.errors import ModelNotFound
 from sae_steer_server.state import ServerState
 
 _PROFILE_PATH = re.compile(r"\bsteering\.profiles\[(\d+)\]")

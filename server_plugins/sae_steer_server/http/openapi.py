@@ -10,9 +10,9 @@ from pydantic.json_schema import models_json_schema
 
 import sae_steer
 from sae_steer.schema import Profile
-from sae_steer_server.openai_models import ChatRequest, CompletionRequest
-from sae_steer_server.replies import ErrorReply
-from sae_steer_server.security import ADMIN_HEADER
+from sae_steer_server.http.openai_models import ChatRequest, CompletionRequest
+from sae_steer_server.http.replies import ErrorReply
+from sae_steer_server.http.security import ADMIN_HEADER
 
 Responses = dict[int | str, dict[str, Any]]
 

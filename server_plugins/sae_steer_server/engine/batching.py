@@ -44,8 +44,8 @@ from transformers.generation.continuous_batching.requests import (
 from transformers.generation.continuous_batching.scheduler import Scheduler
 
 from sae_steer.errors import EngineDown, StartError
-from sae_steer_server.isolation import FiniteRows
-from sae_steer_server.steps import Part, Steps
+from sae_steer_server.engine.isolation import FiniteRows
+from sae_steer_server.engine.steps import Part, Steps
 
 _PAGE = 16  # tokens
 _STEP_TOKENS = 512  # the attention mask is dense, [tokens of a step, tokens in the cache]: it bounds both

@@ -6,9 +6,9 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 import sae_steer
-from sae_steer_server import http_errors, openapi, routes_generation, routes_health, routes_models, routes_steering
-from sae_steer_server.edge import Edge
-from sae_steer_server.security import Security, allowed_hosts
+from sae_steer_server.http import errors, openapi, routes_generation, routes_health, routes_models, routes_steering
+from sae_steer_server.http.edge import Edge
+from sae_steer_server.http.security import Security, allowed_hosts
 from sae_steer_server.state import ServerState
 
 
@@ -37,7 +37,7 @@ def create_app(state: ServerState) -> FastAPI:
     app.state.server = state
     for routes in (routes_generation, routes_models, routes_steering, routes_health):
         app.include_router(routes.router)
-    http_errors.install(app)
+    errors.install(app)
     openapi.install(app, api_key=settings.api_key is not None, admin_key=settings.admin_key is not None)
     hosts = allowed_hosts(settings.host, settings.allowed_hosts)
     app.add_middleware(Security, hosts=hosts, api_key=settings.api_key)

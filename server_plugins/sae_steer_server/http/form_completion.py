@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sae_steer_server.engine import Chunk, TokenLogprob
-from sae_steer_server.forms import LEAST_LOGPROB, choice_steering, pending_usage
-from sae_steer_server.generation import Job, Outcome, usage
-from sae_steer_server.replies import (
+from sae_steer_server.engine.engine import Chunk, TokenLogprob
+from sae_steer_server.http.forms import LEAST_LOGPROB, choice_steering, pending_usage
+from sae_steer_server.http.generation import Job, Outcome, usage
+from sae_steer_server.http.replies import (
     Completion,
     CompletionChoice,
     CompletionChunk,

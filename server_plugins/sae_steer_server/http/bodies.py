@@ -1,6 +1,5 @@
 """From the bytes of a request to a validated value: bounded, strict, with the JSON path of the first fault."""
 
-import json
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -8,7 +7,7 @@ from pydantic_core import ErrorDetails
 from starlette.requests import Request
 
 from sae_steer.errors import BodyTooLarge, RequestError
-from sae_steer.schema import loads, schema_error
+from sae_steer.schema import json_path, loads, schema_error
 
 _Body = TypeVar("_Body", bound=BaseModel)
 _CODES = {"extra_forbidden": "unknown_field", "missing": "missing_field", "unsupported": "unsupported"}
@@ -32,13 +31,7 @@ async def read_json(request: Request, limit: int) -> Any:
         if len(body) + len(piece) > limit:
             raise _too_large(limit)
         body += piece
-    value = loads(bytes(body))
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        # JSON can spell it, no tokenizer can read it.
-        raise RequestError("The body holds half of a character (a lone surrogate).", code="invalid_unicode") from None
-    return value
+    return loads(bytes(body))
 
 
 def _too_large(limit: int) -> BodyTooLarge:
@@ -57,21 +50,8 @@ def parse_body(model: type[_Body], value: object) -> _Body:
 
 
 def _request_error(fault: ErrorDetails, count: int) -> RequestError:
-    path = _path(fault)
+    path = json_path("", fault)
     more = f" ({count - 1} more faults)" if count > 1 else ""
     message = fault["msg"].removeprefix("Value error, ")
     text = f"{path}: {message}{more}" if path else message + more
     return RequestError(text, param=path or None, code=_CODES.get(fault["type"]))
-
-
-def _path(fault: ErrorDetails) -> str:
-    """``messages[0].content[1].text``: the tags of unions, which start with ~, are not in the body."""
-    parts = fault["loc"]
-    unknown = fault["type"] == "extra_forbidden"  # then the last part is the client's own word
-    path = ""
-    for i, part in enumerate(parts):
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif not part.startswith("~") or (unknown and i == len(parts) - 1):
-            path += f".{part}" if path else part
-    return path

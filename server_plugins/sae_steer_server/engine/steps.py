@@ -16,8 +16,8 @@ from torch import Tensor
 from sae_steer.errors import EngineDown, NonFinite, RunFailed, SteerError
 from sae_steer.runtime import Runtime, StepSummary
 from sae_steer.step import Span
-from sae_steer_server.request import Request
-from sae_steer_server.sampling import draw
+from sae_steer_server.engine.request import Request
+from sae_steer_server.engine.sampling import draw
 
 logger = logging.getLogger(__name__)
 

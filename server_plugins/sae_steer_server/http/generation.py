@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from sae_steer.errors import RunFailed
 from sae_steer.program import Program
-from sae_steer_server.engine import Chunk, TokenLogprob
+from sae_steer_server.engine.engine import Chunk, TokenLogprob
+from sae_steer_server.engine.sampling import Sampling
+from sae_steer_server.http.replies import ProgramSummary, Usage
 from sae_steer_server.logs import Record
-from sae_steer_server.replies import ProgramSummary, Usage
-from sae_steer_server.sampling import Sampling
 from sae_steer_server.state import ServerState
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: choice j of seed s is not choice 0 of a nearby seed

@@ -8,7 +8,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sae_steer.errors import Forbidden, SteerError, Unauthorized
-from sae_steer_server.http_errors import steer_error_response
+from sae_steer_server.http.errors import steer_error_response
 from sae_steer_server.logs import record_of
 
 ADMIN_HEADER = "X-Steering-Admin-Key"

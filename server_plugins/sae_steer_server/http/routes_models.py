@@ -3,10 +3,10 @@
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from sae_steer_server.catalog_replies import Model, ModelList
-from sae_steer_server.openapi import errors
+from sae_steer_server.http.catalog_replies import Model, ModelList
+from sae_steer_server.http.openapi import errors
+from sae_steer_server.http.steering import model_ids, profile_of
 from sae_steer_server.state import ServerState, state_of
-from sae_steer_server.steering import model_ids, profile_of
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 

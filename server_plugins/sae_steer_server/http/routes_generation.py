@@ -6,21 +6,21 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from sae_steer_server.bodies import parse_body, read_json
-from sae_steer_server.disconnect import while_connected
-from sae_steer_server.form_chat import ChatForm
-from sae_steer_server.form_completion import CompletionForm
-from sae_steer_server.forms import Form
-from sae_steer_server.generation import Job, Outcome, generate
+from sae_steer_server.engine.sampling import Sampling
+from sae_steer_server.http.bodies import parse_body, read_json
+from sae_steer_server.http.disconnect import while_connected
+from sae_steer_server.http.form_chat import ChatForm
+from sae_steer_server.http.form_completion import CompletionForm
+from sae_steer_server.http.forms import Form
+from sae_steer_server.http.generation import Job, Outcome, generate
+from sae_steer_server.http.openai_models import ChatRequest, CompletionRequest, GenerationRequest
+from sae_steer_server.http.openapi import GENERATION_ERRORS, request_body, stream_or_json
+from sae_steer_server.http.prompts import chat_prompt, completion_prompts, token_budget
+from sae_steer_server.http.replies import ChatChunk, ChatCompletion, Completion, CompletionChunk, Reply
+from sae_steer_server.http.steering import compile_steering
+from sae_steer_server.http.streaming import EventStream, events
 from sae_steer_server.logs import Record, record_of
-from sae_steer_server.openai_models import ChatRequest, CompletionRequest, GenerationRequest
-from sae_steer_server.openapi import GENERATION_ERRORS, request_body, stream_or_json
-from sae_steer_server.prompts import chat_prompt, completion_prompts, token_budget
-from sae_steer_server.replies import ChatChunk, ChatCompletion, Completion, CompletionChunk, Reply
-from sae_steer_server.sampling import Sampling
 from sae_steer_server.state import ServerState, state_of
-from sae_steer_server.steering import compile_steering
-from sae_steer_server.streaming import EventStream, events
 
 router = APIRouter(prefix="/v1", tags=["generation"])
 _COMPLETION_TOKENS = 16  # OpenAI's default of this route; a chat goes on to the end of the context

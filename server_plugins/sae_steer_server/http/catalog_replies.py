@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from sae_steer_server.replies import Reply
+from sae_steer_server.http.replies import Reply
 
 
 class Model(Reply):

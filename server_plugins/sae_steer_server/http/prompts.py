@@ -6,7 +6,7 @@ from typing import cast
 from jinja2 import TemplateError
 
 from sae_steer.errors import RequestError
-from sae_steer_server.openai_models import ChatRequest, CompletionRequest
+from sae_steer_server.http.openai_models import ChatRequest, CompletionRequest
 from sae_steer_server.state import ServerState
 
 

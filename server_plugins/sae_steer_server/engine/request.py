@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sae_steer.errors import SteerError
 from sae_steer.report import Run
-from sae_steer_server.detokenize import Detokenizer, StopTexts, TokenTexts
-from sae_steer_server.sampling import Sampling
+from sae_steer_server.engine.detokenize import Detokenizer, StopTexts, TokenTexts
+from sae_steer_server.engine.sampling import Sampling
 
 FinishReason = Literal["stop", "length"]
 

@@ -9,8 +9,8 @@ from starlette.responses import JSONResponse, Response
 
 from sae_steer.errors import Forbidden, RequestError, Unauthorized
 from sae_steer.schema import Profile, parse_profile, steering_json_schema
-from sae_steer_server.bodies import read_json
-from sae_steer_server.catalog_replies import (
+from sae_steer_server.http.bodies import read_json
+from sae_steer_server.http.catalog_replies import (
     Capability,
     CapabilityList,
     Deleted,
@@ -21,12 +21,12 @@ from sae_steer_server.catalog_replies import (
     SaeEntry,
     SaeList,
 )
-from sae_steer_server.http_errors import ProfileNotFound, SaeNotFound
-from sae_steer_server.openapi import admin_security, errors, request_body
-from sae_steer_server.replies import Reply
-from sae_steer_server.security import ADMIN_HEADER, same_key
+from sae_steer_server.http.errors import ProfileNotFound, SaeNotFound
+from sae_steer_server.http.openapi import admin_security, errors, request_body
+from sae_steer_server.http.replies import Reply
+from sae_steer_server.http.security import ADMIN_HEADER, same_key
+from sae_steer_server.http.steering import check_profile
 from sae_steer_server.state import ServerState, state_of
-from sae_steer_server.steering import check_profile
 
 router = APIRouter(prefix="/v1/steering", tags=["steering"])
 

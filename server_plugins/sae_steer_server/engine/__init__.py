@@ -1,0 +1,1 @@
+"""Completions from one model in one running batch, over transformers' continuous batching."""

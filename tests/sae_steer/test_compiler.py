@@ -1,0 +1,504 @@
+"""The compiler refuses what cannot be honoured exactly, by code and path, and equal meanings have equal digests."""
+
+import contextlib
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae_steer.catalog import Catalog, CatalogSae
+from sae_steer.compiler import MAX_SELECTORS, Limits
+from sae_steer.errors import RequestError
+from sae_steer.program import Phase, Program
+from sae_steer.sae import open_sae
+from sae_steer.schema import parse_profile
+from sae_steer.sites import Site
+from tests.sae_files import write_saelens
+from tests.sae_steer.helpers import (
+    BOS,
+    FEATURES,
+    SITES,
+    Json,
+    compile_doc,
+    documents,
+    edit,
+    make_catalog,
+    program,
+    reversed_keys,
+    steering,
+    vector_edit,
+)
+
+HERE = "steering.interventions[0]"
+NEXT = "steering.interventions[1]"
+APP: Json = {"op": "app", "sae": "r1", "calibration": "c", "concept": "rude"}
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
+    catalog = make_catalog(tmp_path_factory.mktemp("catalog"))
+    r1 = catalog.sae("r1").sae.fingerprint
+    for name, fields in {
+        "calm": {"interventions": [edit(features=[3, 4], op="ablate", value=None)], "saes": {"r1": r1}},
+        "also": {"interventions": [edit(features=[4])]},
+        "other": {"interventions": [edit(sae="r1b")]},
+        "stale": {"interventions": [edit()], "saes": {"r1": "sha256:0"}},
+        "lost": {"interventions": [edit()], "saes": {"gone": "sha256:0"}},
+        "prompted": {"interventions": [edit(features=[3], positions="prompt")]},
+        "straight": {"interventions": [vector_edit()]},
+    }.items():
+        catalog.put_profile(parse_profile({"name": name, **fields}))
+    return catalog
+
+
+def refused(document: Json, catalog: Catalog, **kwargs: Any) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        compile_doc(document, catalog, **kwargs)
+    return caught.value
+
+
+def digest(document: Json, catalog: Catalog) -> str:
+    compiled = compile_doc(document, catalog)
+    assert compiled is not None
+    return compiled.digest
+
+
+# ------------------------------------------------------------------------------------------- refusals
+
+REFUSALS: dict[str, tuple[Json, str, str]] = {
+    # names
+    "unknown sae": (steering(edit(sae="none")), "unknown_sae", f"{HERE}.sae"),
+    "unknown feature": (steering(edit(features=[0, FEATURES])), "unknown_feature", f"{HERE}.features[1]"),
+    "unknown profile": ({"profiles": ["calm", "none"]}, "unknown_profile", "steering.profiles[1]"),
+    "unknown vector": (steering(vector_edit(vector="none")), "unknown_vector", f"{HERE}.vector"),
+    "sae for a vector": (steering(vector_edit(vector="r1")), "unknown_vector", f"{HERE}.vector"),
+    "site that does not parse": (steering(vector_edit(site="nowhere")), "unknown_site", f"{HERE}.site"),
+    "site not hooked": (steering(vector_edit(site="resid_post.2")), "unknown_site", f"{HERE}.site"),
+    "site of two places": (steering(vector_edit(site="mlp_in.2->mlp_out.2")), "unknown_site", f"{HERE}.site"),
+    "second intervention": (steering(edit(), edit(sae="none")), "unknown_sae", f"{NEXT}.sae"),
+    # once per program
+    "feature twice": (steering(edit(features=[3, 4, 3])), "duplicate_edit", f"{HERE}.features"),
+    "feature in two": (steering(edit(), edit(op="ablate", value=None)), "duplicate_edit", NEXT),
+    "same file, other name": (steering(edit(), edit(sae="twin")), "duplicate_edit", NEXT),
+    "other positions": (
+        steering(edit(positions="prompt"), edit(positions="completion")),
+        "duplicate_edit",
+        NEXT,
+    ),
+    "vector twice": (steering(vector_edit(), vector_edit(op="ablate", value=None)), "duplicate_edit", NEXT),
+    "profile and request": (steering(edit(), profiles=["calm"]), "duplicate_edit", HERE),
+    "override is for profiles": (steering(edit(), edit(), override=True), "duplicate_edit", NEXT),
+    "override once": (steering(edit(), edit(), override=True, profiles=["calm"]), "duplicate_edit", NEXT),
+    "two profiles": ({"profiles": ["calm", "also"]}, "duplicate_edit", "steering.profiles[1].interventions[0]"),
+    "two profiles, override": (
+        {"profiles": ["calm", "also"], "override": True},
+        "duplicate_edit",
+        "steering.profiles[1].interventions[0]",
+    ),
+    "profile twice": ({"profiles": ["calm", "calm"]}, "duplicate_edit", "steering.profiles[1]"),
+    # values
+    "too few values": (steering(edit(features=[1, 2], value=[1.0])), "wrong_length", f"{HERE}.value"),
+    "too many values": (steering(edit(op="scale", value=[1.0, 2.0])), "wrong_length", f"{HERE}.value"),
+    "no maximum": (steering(edit(features=[5], units="reference_max")), "no_reference_max", f"{HERE}.units"),
+    "no label": (steering(edit(features=[6], units="reference_max")), "no_reference_max", f"{HERE}.units"),
+    "no labels": (steering(edit(sae="r0", units="reference_max")), "no_reference_max", f"{HERE}.units"),
+    # gates
+    "gate's sae": (steering(edit(when={"sae": "x", "feature": 1, "above": 0})), "unknown_sae", f"{HERE}.when.sae"),
+    "gate's feature": (
+        steering(edit(when={"sae": "r1", "feature": FEATURES, "above": 0})),
+        "unknown_feature",
+        f"{HERE}.when.feature",
+    ),
+    "gate elsewhere": (
+        steering(edit(when={"sae": "r0", "feature": 1, "above": 0})),
+        "unsupported",
+        f"{HERE}.when.sae",
+    ),
+    "gate by topk": (
+        steering(edit(when={"sae": "tk", "feature": 1, "above": 0})),
+        "unsupported",
+        f"{HERE}.when.sae",
+    ),
+    "topk": (steering(edit(sae="tk")), "unsupported", f"{HERE}.sae"),
+    # the reconstruction error
+    "drop with two": (steering(edit(sae="w1"), edit(sae="tkw"), error="drop"), "unsupported", "steering.error"),
+    "drop with a gate of another": (
+        steering(edit(sae="w1", when={"sae": "tkw", "feature": 1, "above": 0}), error="drop"),
+        "unsupported",
+        "steering.error",
+    ),
+    "drop with a vector": (steering(edit(sae="w1"), vector_edit(), error="drop"), "unsupported", "steering.error"),
+    "drop of a vector": (steering(vector_edit(), error="drop"), "unsupported", "steering.error"),
+    "drop of a part": (steering(edit(sae="r1b"), error="drop"), "unsupported", "steering.error"),
+    "drop, one site not whole": (
+        steering(edit(sae="w1"), edit(sae="r0"), error="drop"),
+        "unsupported",
+        "steering.error",
+    ),
+    # later
+    "app": (steering(APP), "unsupported", f"{HERE}.op"),
+    "readings": ({"readings": {"sae": "r1", "top_k": 1}}, "unsupported", "steering.readings"),
+    "triggers": (
+        {"on": [{"sae": "r1", "feature": 1, "above": 1, "action": "stop"}]},
+        "unsupported",
+        "steering.on",
+    ),
+    # profiles of another time
+    "fingerprint": ({"profiles": ["stale"]}, "fingerprint_mismatch", "steering.profiles[0]"),
+    "profile's sae is gone": ({"profiles": ["lost"]}, "unknown_sae", "steering.profiles[0]"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals(case: str, catalog: Catalog) -> None:
+    document, code, param = REFUSALS[case]
+    error = refused(document, catalog)
+    assert (error.code, error.param, error.status) == (code, param, 400)
+
+
+def test_skip_bos_needs_a_bos(catalog: Catalog) -> None:
+    document = steering(edit(skip_bos=True))
+    error = refused(document, catalog, bos=None)
+    assert (error.code, error.param) == ("unsupported", f"{HERE}.skip_bos")
+    assert program(edit(skip_bos=True), catalog=catalog).selectors[0].skip_token == BOS
+
+
+@pytest.mark.parametrize("whole", ["tkw", "w1"])
+def test_whole_dictionaries_may_be_dropped_and_ranked(whole: str, catalog: Catalog) -> None:
+    compiled = program(edit(sae=whole), catalog=catalog, error="drop")
+    assert compiled.sites[0].drop == catalog.sae(whole).sae.fingerprint
+    assert program(edit(sae=whole), catalog=catalog).sites[0].drop is None
+
+
+@pytest.mark.parametrize("order", ["whole last", "whole first"])
+def test_a_file_that_is_whole_at_one_site_is_not_whole_at_another(order: str, tmp_path: Path) -> None:
+    write_saelens(tmp_path, d_in=16, hook_name="blocks.1.hook_resid_post")
+    sae, there = open_sae(tmp_path), Site.parse("resid_post.0")
+    entries = [CatalogSae.make("part", sae), CatalogSae.make("whole", sae, site=there, whole=True)]
+    catalog = Catalog(entries if order == "whole last" else entries[::-1])
+    sites = [Site.parse("resid_post.1"), there]
+    assert refused(steering(edit(sae="part"), error="drop"), catalog, sites=sites).param == "steering.error"
+    compiled = compile_doc(steering(edit(sae="whole"), error="drop"), catalog, sites=sites)
+    assert compiled is not None
+    assert compiled.sites[0].drop is not None
+
+
+@pytest.mark.parametrize(
+    ("limits", "document", "fits"),
+    [
+        (Limits(max_edits=3), steering(edit(features=[1, 2]), edit(sae="r0", features=[1])), True),
+        (Limits(max_edits=2), steering(edit(features=[1, 2]), edit(sae="r0", features=[1])), False),
+        (Limits(rows=2, wide_programs=0), steering(edit(features=[1, 2])), True),
+        (Limits(rows=1, wide_programs=0), steering(edit(features=[1, 2])), False),
+        (Limits(rows=1, wide_programs=0, wide_rows=9), steering(edit(features=[1, 2])), False),
+        (Limits(rows=1, wide_programs=1, wide_rows=2), steering(edit(features=[1, 2])), True),
+        (Limits(rows=1, wide_programs=1, wide_rows=2), steering(edit(features=[1, 2, 3])), False),
+        # A row that only gates takes room as well, but is not an edit.
+        (Limits(rows=2, wide_programs=0), steering(edit(when={"sae": "r1", "feature": 9, "above": 0})), True),
+        (Limits(rows=1, wide_programs=0), steering(edit(when={"sae": "r1", "feature": 9, "above": 0})), False),
+        (Limits(max_edits=1), steering(edit(when={"sae": "r1", "feature": 9, "above": 0})), True),
+    ],
+)
+def test_limits(limits: Limits, document: Json, fits: bool, catalog: Catalog) -> None:
+    if fits:
+        assert compile_doc(document, catalog, limits=limits) is not None
+    else:
+        error = refused(document, catalog, limits=limits)
+        assert (error.code, error.param) == ("limit_exceeded", "steering.interventions")
+
+
+def _selected(count: int) -> Json:
+    return steering(*(edit(features=[i], positions={"ranges": [[i, i + 1]]}) for i in range(count)))
+
+
+def test_as_many_selectors_as_a_token_has_bits(catalog: Catalog) -> None:
+    limits = Limits(rows=MAX_SELECTORS + 1)
+    compiled = compile_doc(_selected(MAX_SELECTORS), catalog, limits=limits)
+    assert compiled is not None
+    assert len(compiled.selectors) == MAX_SELECTORS
+    error = refused(_selected(MAX_SELECTORS + 1), catalog, limits=limits)
+    assert (error.code, error.param) == ("limit_exceeded", "steering.interventions")
+
+
+def test_a_gate_reads_the_place_that_the_edit_reads_and_its_rows_are_there(tmp_path: Path) -> None:
+    """An SAE of the MLP's input reads what a transcoder reads, but its rows are in the tables of another site."""
+    write_saelens(tmp_path / "in", hook_name="blocks.2.mlp.hook_in", seed=1)
+    catalog = make_catalog(tmp_path / "rest")
+    entry = CatalogSae.make("in", open_sae(tmp_path / "in"))
+    catalog = Catalog([*catalog.saes.values(), entry])
+    document = steering(edit(sae="tc", when={"sae": "in", "feature": 1, "above": 0}))
+    error = refused(document, catalog, sites=(*SITES, entry.site))
+    assert (error.code, error.param) == ("unsupported", f"{HERE}.when.sae")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"name": "other", "interventions": []}', '{"name": "odd"}'])
+def test_a_broken_profile_is_refused_with_its_place(text: str, catalog: Catalog) -> None:
+    folder = catalog.profiles.folder
+    assert folder is not None
+    (folder / "odd").mkdir()
+    (folder / "odd" / "profile.json").write_text(text)
+    try:
+        assert refused({"profiles": ["odd"]}, catalog).param == "steering.profiles[0]"
+    finally:
+        shutil.rmtree(folder / "odd")
+
+
+def test_a_profile_that_goes_away_meanwhile_is_refused(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog.profiles, "names", lambda: ["vanished"])
+    assert refused({"profiles": ["vanished"]}, catalog).code == "unknown_profile"
+
+
+# ------------------------------------------------------------------------------------------- what is compiled
+
+
+@pytest.mark.parametrize("document", [{}, steering(), {"dose": {"limit": 1.0}}, {"override": True}, {"error": "drop"}])
+def test_nothing_asked_is_no_program(document: Json, catalog: Catalog) -> None:
+    assert compile_doc(document, catalog) is None
+
+
+def test_sites_come_in_the_order_of_the_model(catalog: Catalog) -> None:
+    parts = [edit(sae="tc"), edit(), vector_edit(site="resid_mid.1"), edit(sae="r0"), vector_edit(vector="u")]
+    compiled = program(*parts, catalog=catalog)
+    order = ["resid_post.0", "resid_mid.1", "resid_post.1", "mlp_in.2->mlp_out.2"]
+    assert [str(part.site) for part in compiled.sites] == order
+
+
+def test_a_gate_shares_the_row_of_an_edited_feature(catalog: Catalog) -> None:
+    gate = {"sae": "twin", "feature": 4, "above": 1.5}
+    compiled = program(edit(features=[3], when=gate), edit(features=[4]), catalog=catalog)
+    (part,) = compiled.sites
+    assert [row.feature for row in part.rows] == [3, 4]
+    assert part.rows[0].gate is not None
+    assert (part.rows[0].gate.row, part.rows[0].gate.above, part.rows[0].gate.below) == (1, 1.5, math.inf)
+    assert part.rows[1].gate is None
+
+
+def test_a_feature_may_gate_itself_and_others_through_one_row(catalog: Catalog) -> None:
+    gate = {"sae": "r1", "feature": 9, "below": 2.0}
+    compiled = program(edit(features=[3, 4], when=gate), edit(sae="r1b", when=gate), catalog=catalog)
+    (part,) = compiled.sites
+    assert [(row.feature, row.selector) for row in part.rows] == [(3, 0), (4, 0), (3, 0), (9, -1)]
+    assert [row.gate.row for row in part.rows[:3] if row.gate is not None] == [3, 3, 3]
+    own = program(edit(features=[3], when={"sae": "r1", "feature": 3, "above": 0}), catalog=catalog)
+    assert [row.gate.row for row in own.sites[0].rows if row.gate is not None] == [0]
+
+
+def test_override_replaces_only_what_is_named(catalog: Catalog) -> None:
+    compiled = program(edit(features=[3], value=9.0), catalog=catalog, profiles=["calm"], override=True)
+    by_feature = {row.feature: (row.op, row.shift) for row in compiled.sites[0].rows}
+    assert by_feature == {3: ("clamp", 9.0), 4: ("ablate", 0.0)}
+
+
+def test_profiles_and_requests_add_up(catalog: Catalog) -> None:
+    compiled = program(edit(features=[7]), catalog=catalog, profiles=["calm", "other"])
+    assert {(row.source, row.feature) for row in compiled.sites[0].rows} == {
+        (catalog.sae("r1").sae.fingerprint, 3),
+        (catalog.sae("r1").sae.fingerprint, 4),
+        (catalog.sae("r1").sae.fingerprint, 7),
+        (catalog.sae("r1b").sae.fingerprint, 3),
+    }
+
+
+def test_reference_max_multiplies(catalog: Catalog) -> None:
+    compiled = program(edit(features=[3, 4], value=[2.0, -1.0], units="reference_max"), catalog=catalog)
+    assert [row.shift for row in compiled.sites[0].rows] == [10.0, -2.5]
+
+
+def test_equal_selectors_are_one(catalog: Catalog) -> None:
+    parts = [
+        edit(features=[1], when={"token_in": [5, 3, 3]}, positions={"ranges": [[4, 6], [0, 2]]}),
+        edit(features=[2], when={"token_in": [3, 5]}, positions={"ranges": [[0, 2], [4, 6], [0, 2]]}),
+    ]
+    (selector,) = program(*parts, catalog=catalog).selectors
+    assert (selector.phase, selector.ranges, selector.token_in) == (Phase.RANGES, ((0, 2), (4, 6)), (3, 5))
+
+
+# ------------------------------------------------------------------------------------------- digests
+
+
+def _floats(value: Any) -> Any:
+    """The same JSON value with every integral ``value``, ``lo``, ... as a float."""
+    if isinstance(value, dict):
+        return {
+            key: _as_float(child) if key in {"value", "lo", "hi", "above", "below", "limit"} else _floats(child)
+            for key, child in value.items()
+        }
+    return [_floats(item) for item in value] if isinstance(value, list) else value
+
+
+def _as_float(value: Any) -> Any:
+    return [float(item) for item in value] if isinstance(value, list) else float(value)
+
+
+def _renamed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: "twin" if k == "sae" and child == "r1" else _renamed(child) for k, child in value.items()}
+    return [_renamed(item) for item in value] if isinstance(value, list) else value
+
+
+POOLS: Json = {
+    "saes": st.sampled_from(["r0", "r1", "r1b", "tk", "tkw", "w1", "tc", "none"]),
+    "vectors": st.sampled_from(["v", "u", "none"]),
+    "sites": st.sampled_from(["resid_post.1", "resid_mid.1", "nowhere", "z.0"]),
+    "features": st.integers(0, FEATURES),
+}
+GOOD: Json = {
+    "saes": st.sampled_from(["r0", "r1", "r1b", "w1", "tc"]),
+    "vectors": st.sampled_from(["v", "u"]),
+    "sites": st.sampled_from(["resid_post.1", "resid_mid.1"]),
+    "features": st.integers(0, FEATURES - 1),
+    "app": False,
+}
+
+
+def _without_later(document: Json) -> Json:
+    return {key: value for key, value in document.items() if key not in ("profiles", "readings", "on")}
+
+
+def _compilable(document: Json, catalog: Catalog) -> tuple[Json, Program]:
+    """The document with those interventions and fields left out that are refused; something always remains."""
+    kept: Json = {"interventions": [edit()]}
+    compiled = compile_doc(kept, catalog)
+    rest = _without_later(document)
+    for one in rest.pop("interventions", []):
+        with contextlib.suppress(RequestError):
+            longer = kept | {"interventions": [*kept["interventions"], one]}
+            compiled, kept = compile_doc(longer, catalog), longer
+    for key, value in rest.items():
+        with contextlib.suppress(RequestError):
+            compiled, kept = compile_doc(kept | {key: value}, catalog), kept | {key: value}
+    assert compiled is not None
+    return kept, compiled
+
+
+@settings(max_examples=100)
+@given(documents(**POOLS) | documents(**POOLS).map(_without_later), st.sampled_from([None, BOS]))
+def test_a_well_formed_document_compiles_or_is_refused_as_a_request(
+    catalog: Catalog, document: Json, bos: int | None
+) -> None:
+    refusal: RequestError | None = None
+    try:
+        compiled = compile_doc(document, catalog, bos=bos)
+        assert (compiled is None) == (not document.get("interventions"))
+    except RequestError as error:
+        refusal = error
+    if refusal is not None:
+        assert refusal.status == 400
+        assert refusal.param is not None
+        assert refusal.param.startswith("steering.")
+
+
+@settings(max_examples=80)
+@given(documents(**GOOD))
+def test_spelling_does_not_change_the_digest(catalog: Catalog, document: Json) -> None:
+    document, compiled = _compilable(document, catalog)
+    for same in (reversed_keys(document), _floats(document), _renamed(document)):
+        assert digest(same, catalog) == compiled.digest
+    assert hash(compiled) == hash(compile_doc(document, catalog))
+
+
+@settings(max_examples=40)
+@given(documents(**GOOD))
+def test_a_profile_means_what_its_interventions_mean(catalog: Catalog, document: Json) -> None:
+    document, compiled = _compilable(document, catalog)
+    catalog.put_profile(parse_profile({"name": "same", "interventions": document["interventions"]}))
+    moved = {key: value for key, value in document.items() if key != "interventions"} | {"profiles": ["same"]}
+    assert digest(moved, catalog) == compiled.digest
+
+
+ZEROS: dict[str, Json] = {
+    "clamp": edit(value=0.0),
+    "add": edit(op="add", value=0.0),
+    "floor": edit(op="floor", value=0.0),
+    "cap": edit(op="cap", value=[0.0]),
+    "scale": edit(op="scale", value=0.0),
+    "gain": edit(op="gain", value=[0.0]),
+    "lo": edit(op="mask_range", value=None, lo=0.0, hi=1.0),
+    "hi": edit(op="mask_range", value=None, lo=-1.0, hi=0.0),
+    "above": edit(when={"sae": "r1", "feature": 3, "above": 0.0}),
+    "below": edit(when={"sae": "r1", "feature": 3, "below": 0.0}),
+    "maximum": edit(value=0.0, units="reference_max"),
+    "vector": vector_edit(value=0.0),
+    "vector scale": vector_edit(op="scale", value=0.0),
+}
+
+
+def _negative_zero(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _negative_zero(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_negative_zero(item) for item in value]
+    return -0.0 if value == 0.0 and isinstance(value, float) else value
+
+
+@pytest.mark.parametrize("case", ZEROS)
+def test_zero_has_no_sign(case: str, catalog: Catalog) -> None:
+    document = steering(ZEROS[case])
+    assert digest(_negative_zero(document), catalog) == digest(document, catalog)
+
+
+def test_an_edit_that_was_overridden_leaves_nothing_behind(catalog: Catalog) -> None:
+    overridden = program(edit(positions="completion"), catalog=catalog, profiles=["prompted"], override=True)
+    plain = program(edit(positions="completion"), catalog=catalog)
+    assert overridden.selectors == plain.selectors
+    assert overridden.digest == plain.digest
+
+
+GATE: Json = {"sae": "r1", "feature": 9, "above": 1.0}
+DIFFERENT: dict[str, Json] = {
+    "base": steering(edit()),
+    "feature": steering(edit(features=[4])),
+    "two features": steering(edit(features=[3, 4])),
+    "sae": steering(edit(sae="r1b")),
+    "site": steering(edit(sae="r0")),
+    "value": steering(edit(value=2.0000000000000004)),
+    "add": steering(edit(op="add")),
+    "floor": steering(edit(op="floor")),
+    "cap": steering(edit(op="cap")),
+    "scale": steering(edit(op="scale")),
+    "norm": steering(edit(units="residual_norm")),
+    "maximum": steering(edit(units="reference_max")),
+    "mask": steering(edit(op="mask_range", value=None, lo=1, hi=2)),
+    "mask lo": steering(edit(op="mask_range", value=None, lo=0, hi=2)),
+    "mask hi": steering(edit(op="mask_range", value=None, lo=1, hi=3)),
+    "prompt": steering(edit(positions="prompt")),
+    "completion": steering(edit(positions="completion")),
+    "range": steering(edit(positions={"ranges": [[0, 4]]})),
+    "other range": steering(edit(positions={"ranges": [[0, 5]]})),
+    "skip": steering(edit(skip_bos=True)),
+    "gate": steering(edit(when=GATE)),
+    "gate feature": steering(edit(when=GATE | {"feature": 8})),
+    "gate sae": steering(edit(when=GATE | {"sae": "r1b"})),
+    "gate above": steering(edit(when=GATE | {"above": 1.5})),
+    "gate below": steering(edit(when=GATE | {"below": 4.0})),
+    "tokens": steering(edit(when={"token_in": [1]})),
+    "other tokens": steering(edit(when={"token_in": [2]})),
+    "gate and tokens": steering(edit(when=GATE | {"token_in": [1]})),
+    "vector": steering(vector_edit()),
+    "other vector": steering(vector_edit(vector="u")),
+    "vector's site": steering(vector_edit(site="resid_mid.1")),
+    "vector's value": steering(vector_edit(value=2.5)),
+    "projection": steering(vector_edit(op="clamp")),
+    "dose": steering(edit(), dose={"limit": 0.5}),
+    "dose limit": steering(edit(), dose={"limit": 0.6}),
+    "dose action": steering(edit(), dose={"limit": 0.5, "on_dose": "scale"}),
+    "whole": steering(edit(sae="w1")),
+    "drop": steering(edit(sae="w1"), error="drop"),
+}
+
+
+def test_different_meanings_have_different_digests(catalog: Catalog) -> None:
+    digests = {case: digest(document, catalog) for case, document in DIFFERENT.items()}
+    assert len(set(digests.values())) == len(digests)
+
+
+def test_another_file_under_the_same_name_is_another_program(tmp_path: Path) -> None:
+    digests = set()
+    for seed in (1, 2):
+        write_saelens(tmp_path / str(seed), hook_name="blocks.1.hook_resid_post", seed=seed)
+        digests.add(digest(steering(edit()), Catalog([CatalogSae.make("r1", open_sae(tmp_path / str(seed)))])))
+    assert len(digests) == 2
