@@ -1,6 +1,7 @@
 """A real server: a tiny random Llama and a synthetic SAE, behind uvicorn on a free port of 127.0.0.1."""
 
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import structlog
 import torch
 from openai import OpenAI
 from safetensors.torch import save_file
@@ -16,7 +18,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sae_steer.limits import Limits
-from sae_steer_server import logs
 from sae_steer_server.load import load
 from sae_steer_server.serve import make_server
 from sae_steer_server.settings import SaeSource, Settings, VectorSource
@@ -106,7 +107,8 @@ def base_settings(model_folder: Path, sae_folder: Path, vector_file: Path) -> Se
     )
 
 
-logs.configure("error")  # one line for each of thousands of requests would bury a failure's own output
+# One line for each of thousands of requests would bury a failure's own output.
+structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
 
 
 class Served:
