@@ -84,6 +84,8 @@ class Capabilities:
 
     def require(self, key: str, *, param: str) -> None:
         """Raises :class:`Unsupported` where the host cannot honour ``key``; ``param`` is the field that asks for it."""
+        if key not in _FEATURES:
+            raise ValueError(f"unknown capability key: {key}")
         if key in self._refusals:
             refuse(self._refusals[key], param=param)
 

@@ -76,7 +76,7 @@ class Vector:
     @classmethod
     def make(cls, name: str, values: Tensor) -> Self:
         """Names a direction ``[D]``; raises :class:`CheckpointError` unless it is finite, flat and not zero."""
-        flat = values.detach().to("cpu", torch.float32).contiguous()
+        flat = values.detach().to("cpu", torch.float32, copy=True).contiguous()
         if flat.ndim != 1 or flat.numel() == 0 or not bool(flat.isfinite().all()) or not bool(flat.any()):
             raise CheckpointError(
                 f"Vector {name!r} has shape {list(values.shape)}; needed is one finite row that is not zero."
@@ -124,17 +124,20 @@ class ProfileStore:
         """The profile as it is now on disk; raises :class:`UnknownName`, or :class:`SchemaError` for a broken file."""
         # Names are compared with the listing before they become a path: nothing of a client's reaches the file system.
         if name not in self.names() or self.folder is None:
-            known = ", ".join(self.names()) or "none"
-            raise UnknownName(f"There is no profile {name!r}. Profiles: {known}.", code="unknown_profile")
+            raise self._unknown(name)
         path = self.folder / name / PROFILE_FILE
-        stat = path.stat()
-        identity = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        cached = self._cache.get(name)
-        if cached is not None and cached[0] == identity:
-            return cached[1]
+        try:
+            stat = path.stat()
+            identity = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            cached = self._cache.get(name)
+            if cached is not None and cached[0] == identity:
+                return cached[1]
+            text = path.read_bytes() if stat.st_size <= MAX_PROFILE_BYTES else b""
+        except FileNotFoundError:  # somebody else removed it since it was listed
+            raise self._unknown(name) from None
         if stat.st_size > MAX_PROFILE_BYTES:
             raise SchemaError(f"Profile {name!r} is larger than {MAX_PROFILE_BYTES} bytes.")
-        profile = parse_profile(loads(path.read_bytes()), root=f"profile {name}")
+        profile = parse_profile(loads(text), root=f"profile {name}")
         if profile.name != name:
             raise SchemaError(f"The profile in folder {name!r} calls itself {profile.name!r}; the two must agree.")
         self._cache[name] = identity, profile
@@ -161,8 +164,14 @@ class ProfileStore:
 
     def delete(self, name: str) -> None:
         """Removes a profile; raises :class:`UnknownName` or :class:`Forbidden`."""
-        self.get(name)
-        shutil.rmtree(self._writable() / name)
+        folder = self._writable()
+        if name not in self.names():
+            raise self._unknown(name)
+        shutil.rmtree(folder / name)
+
+    def _unknown(self, name: str) -> UnknownName:
+        known = ", ".join(self.names()) or "none"
+        return UnknownName(f"There is no profile {name!r}. Profiles: {known}.", code="unknown_profile")
 
     def _writable(self) -> Path:
         if self.folder is None or not self.writable:

@@ -9,14 +9,24 @@ from dataclasses import dataclass, field, replace
 
 from sae_steer.capabilities import Capabilities
 from sae_steer.catalog import Catalog
-from sae_steer.errors import DuplicateEdit, LimitExceeded, RequestError, UnknownName, Unsupported
+from sae_steer.errors import DuplicateEdit, LimitExceeded, RequestError, Unsupported
 from sae_steer.limits import Limits
-from sae_steer.lowering import check_features, check_topk, rows_of
+from sae_steer.lowering import check_feature, check_topk, rows_of
 from sae_steer.program import Gate, Phase, Program, Row, Selector, SiteProgram
 from sae_steer.sae import InputNorm
-from sae_steer.schema import Intervention, Positions, Ranges, Steering, When
+from sae_steer.schema import (
+    Intervention,
+    Positions,
+    Ranges,
+    Steering,
+    VectorAblateEdit,
+    VectorScaleEdit,
+    VectorValueEdit,
+    When,
+)
 from sae_steer.sites import Site
 
+_VECTORS = VectorValueEdit | VectorScaleEdit | VectorAblateEdit
 MAX_SELECTORS = 31  # a token carries its selectors as the bits of an int32
 
 
@@ -35,7 +45,7 @@ class _SiteBuilder:
 
     site: Site
     rows: dict[tuple[str, int], Row] = field(default_factory=dict)
-    paths: dict[tuple[str, int], _Edit] = field(default_factory=dict)
+    edits: dict[tuple[str, int], _Edit] = field(default_factory=dict)
 
     def gate_row(self, source: str, feature: int) -> int:
         """The number of a row that is read, making one that edits nothing where there is none yet."""
@@ -72,12 +82,12 @@ def compile_program(
     edits = list(_gather(steering, catalog))
     if not edits:
         return None
-    selectors: dict[Selector, int] = {}
     builders: dict[Site, _SiteBuilder] = {}
     for edit in edits:
         _require_edit(edit, capabilities)
-        _resolve(edit, catalog, sites, selectors, builders, steering.override, bos_token_id)
-    _gates(edits, catalog, builders)
+        _resolve(edit, catalog, sites, builders, override=steering.override)
+    selectors = _selectors(builders, bos_token_id)
+    _gates(catalog, builders)
     drops = _drops(steering, catalog, builders)
     dose = steering.dose
     program = Program(
@@ -124,7 +134,7 @@ def _gather(steering: Steering, catalog: Catalog) -> Iterator[_Edit]:
             raise DuplicateEdit(f"{param}: the profile {name!r} is named twice.", param=param)
         try:
             profile = catalog.profile(name)
-        except UnknownName as error:
+        except RequestError as error:  # also of a file that is broken
             error.param = param
             raise
         for sae, fingerprint in profile.saes.items():
@@ -142,35 +152,34 @@ def _gather(steering: Steering, catalog: Catalog) -> Iterator[_Edit]:
 
 
 def _resolve(
-    edit: _Edit,
-    catalog: Catalog,
-    sites: Sequence[Site],
-    selectors: dict[Selector, int],
-    builders: dict[Site, _SiteBuilder],
-    override: bool,
-    bos_token_id: int | None,
+    edit: _Edit, catalog: Catalog, sites: Sequence[Site], builders: dict[Site, _SiteBuilder], *, override: bool
 ) -> None:
     """Turns one intervention into rows of its site; a later edit of the same feature is an error or an override."""
-    selector = _selector(edit, bos_token_id)
-    number = selectors.setdefault(selector, len(selectors))
     site, rows = rows_of(edit.intervention, edit.path, catalog, sites)
     builder = builders.setdefault(site, _SiteBuilder(site))
     for row in rows:
         key = (row.source, row.feature)
-        earlier = builder.paths.get(key)
+        earlier = builder.edits.get(key)
         if earlier is not None and not (override and earlier.profile is not None and edit.profile is None):
             what = f"feature {row.feature}" if row.feature >= 0 else "the vector"
+            instead = ', or say "override": true to replace the profile\'s edit' if earlier.profile else ""
             raise DuplicateEdit(
                 f"{edit.path}: {what} is edited already, by {earlier.path}. Edit it once"
-                + (
-                    ', or say "override": true to replace the profile\'s edit.'
-                    if earlier.profile and not edit.profile
-                    else "."
-                ),
+                f"{instead if edit.profile is None else ''}.",
                 param=edit.path,
             )
-        builder.rows[key] = replace(row, selector=number)
-        builder.paths[key] = edit
+        builder.rows[key] = row
+        builder.edits[key] = edit
+
+
+def _selectors(builders: dict[Site, _SiteBuilder], bos_token_id: int | None) -> dict[Selector, int]:
+    """Numbers the selectors of the edits that were not overridden, and gives each row its own."""
+    selectors: dict[Selector, int] = {}
+    for builder in builders.values():
+        for key, edit in builder.edits.items():
+            number = selectors.setdefault(_selector(edit, bos_token_id), len(selectors))
+            builder.rows[key] = replace(builder.rows[key], selector=number)
+    return selectors
 
 
 def _selector(edit: _Edit, bos_token_id: int | None) -> Selector:
@@ -197,10 +206,10 @@ def _positions(positions: Positions) -> tuple[Phase, tuple[tuple[int, int], ...]
     return Phase(positions), ()
 
 
-def _gates(edits: Sequence[_Edit], catalog: Catalog, builders: dict[Site, _SiteBuilder]) -> None:
+def _gates(catalog: Catalog, builders: dict[Site, _SiteBuilder]) -> None:
     """Attaches the feature gates, once all rows are there to be referred to."""
     for builder in list(builders.values()):
-        for key, edit in list(builder.paths.items()):
+        for key, edit in list(builder.edits.items()):
             when = edit.intervention.when
             if when is not None and when.sae is not None:
                 builder.rows[key] = replace(builder.rows[key], gate=_gate(when, edit.path, builder, catalog))
@@ -210,13 +219,13 @@ def _gate(when: When, path: str, builder: _SiteBuilder, catalog: Catalog) -> Gat
     assert when.sae is not None  # the schema demands sae and feature together
     assert when.feature is not None
     entry = catalog.sae(when.sae, param=f"{path}.when.sae")
-    if entry.site.read != builder.site.read:
+    if entry.site != builder.site:
         raise Unsupported(
             f"{path}.when.sae: {when.sae!r} reads {entry.site}, and the edit is at {builder.site}. "
             "A gate must be at the same site.",
             param=f"{path}.when.sae",
         )
-    check_features(entry, [when.feature], f"{path}.when.feature")
+    check_feature(entry, when.feature, f"{path}.when.feature")
     check_topk(entry, f"{path}.when.sae")
     row = builder.gate_row(entry.sae.fingerprint, when.feature)
     above = when.above if when.above is not None else -math.inf
@@ -227,18 +236,19 @@ def _drops(steering: Steering, catalog: Catalog, builders: dict[Site, _SiteBuild
     """The SAE whose reconstruction error is dropped at each site: exactly one there, whole, and exactly decodable."""
     if steering.error == "keep":
         return {}
-    entries = {entry.sae.fingerprint: entry for entry in catalog.saes.values()}
     found: dict[Site, str] = {}
     for site, builder in builders.items():
         sources = {source for source, _ in builder.rows}
-        saes = [entries[source] for source in sources if source in entries]
-        if len(saes) != 1 or len(sources) != 1:
+        # By the names that the edits use: one file may be in the catalog twice, and held whole once.
+        named = [edit.intervention for edit in builder.edits.values()]
+        saes = {i.sae: catalog.sae(i.sae) for i in named if not isinstance(i, _VECTORS)}
+        if len(sources) != 1 or not saes:
             raise Unsupported(
                 f"steering.error: 'drop' replaces the tensor at {site} by one SAE's decoding, and this request uses "
                 f"{len(sources)} there (SAEs, vectors). Use one SAE alone, or 'keep'.",
                 param="steering.error",
             )
-        (entry,) = saes
+        entry = next((entry for entry in saes.values() if not entry.whole), next(iter(saes.values())))
         if not entry.whole:
             raise Unsupported(
                 f"steering.error: 'drop' needs the whole dictionary of {entry.name!r}, and only single rows of it are "

@@ -24,7 +24,12 @@ class Tap(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How one family of models names its layers and places."""
+    """How one family of models names its layers and places.
+
+    Args:
+        layers: Its list of layers, below the model without its head.
+        taps: Its places.
+    """
 
     layers: str
     taps: Mapping[Kind, Tap]
@@ -32,7 +37,7 @@ class Family:
 
 _BLOCK = {Kind.RESID_PRE: Tap("", "input"), Kind.RESID_POST: Tap("", "output")}
 _LLAMA = Family(
-    "model.layers",
+    "layers",
     _BLOCK
     | {
         Kind.Z: Tap("self_attn.o_proj", "input"),
@@ -43,7 +48,7 @@ _LLAMA = Family(
     },
 )
 _GEMMA2 = Family(
-    "model.layers",
+    "layers",
     _BLOCK
     | {
         Kind.Z: Tap("self_attn.o_proj", "input"),
@@ -54,7 +59,7 @@ _GEMMA2 = Family(
     },
 )
 _GPT2 = Family(
-    "transformer.h",
+    "h",
     _BLOCK
     | {
         Kind.Z: Tap("attn.c_proj", "input"),
@@ -66,7 +71,7 @@ _GPT2 = Family(
 )
 # Attention and MLP run in parallel on the same residual stream: there is no place between them.
 _GPT_NEOX = Family(
-    "gpt_neox.layers",
+    "layers",
     _BLOCK
     | {
         Kind.Z: Tap("attention.dense", "input"),
@@ -99,7 +104,7 @@ def locate(model: PreTrainedModel, place: Place) -> tuple[nn.Module, Literal["in
     family = FAMILIES.get(kind)
     if family is None:
         raise SiteError(f"Models of type {kind!r} have no table of places yet. Known: {', '.join(FAMILIES)}.")
-    layers = model.get_submodule(family.layers)
+    layers = model.base_model.get_submodule(family.layers)
     assert isinstance(layers, nn.ModuleList)  # a wrong row of the table above, not a user's fault
     if place.layer >= len(layers):
         raise SiteError(f"There is no {place}: the model has layers 0 to {len(layers) - 1}.")

@@ -33,6 +33,8 @@ def install(model: PreTrainedModel, layer: EditLayer) -> list[RemovableHandle]:
     def edit(y: Tensor) -> None:
         layer(y, read=kept.pop())
 
+    for place in (site.read, site.write):
+        locate(model, place)  # both, before either is hooked
     return [_tap(model, site.read, keep, layer), _tap(model, site.write, edit, layer)]
 
 

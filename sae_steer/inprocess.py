@@ -1,10 +1,10 @@
 """Steering in the same process: ``with sae_steer.attach(model, saes=...) as steer``, for notebooks and scripts."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -77,6 +77,8 @@ class Steer:
         self.model = model
         self.catalog = catalog
         self.runtime = Runtime.attach(model, catalog, limits=limits, sites=sites)
+        self._open = True  # between attach and close
+        self._inside = False  # in a block of rows
         bos = model.config.get_text_config().bos_token_id
         self._bos = int(bos) if isinstance(bos, int) else None
 
@@ -104,18 +106,34 @@ class Steer:
         Raises:
             RequestError: A request cannot be honoured, or there are more different programs than slots.
         """
+        if not self._open:
+            raise Unsupported("This attachment is closed, and would steer nothing. Attach again.")
+        if self._inside:
+            raise Unsupported("One block of rows inside another: give all rows to one block.")
         programs = [self.compile(request) for request in requests]
+        self._inside = True
         held: list[Program] = []
         try:
             rows = Rows(self.runtime, programs, prompt_lengths, self._hold(programs, held))
             before = self.model.register_forward_pre_hook(rows.begin, with_kwargs=True)
-            after = self.model.register_forward_hook(rows.end, always_call=True)
+            after = self.model.register_forward_hook(rows.end)
+            # A pass without a cache looks the same whether it goes on with a generation or starts the next one.
+            generate = cast(Callable[..., Any], self.model.generate)
+
+            def generate_anew(*args: Any, **kwargs: Any) -> Any:
+                rows.restart()
+                return generate(*args, **kwargs)
+
+            vars(self.model)["generate"] = generate_anew
             try:
                 yield rows
             finally:
+                del vars(self.model)["generate"]
                 before.remove()
                 after.remove()
+                self.runtime.drop_step()  # of a pass that broke off
         finally:
+            self._inside = False
             for program in held:
                 self.runtime.release(program)
 
@@ -136,6 +154,7 @@ class Steer:
 
     def close(self) -> None:
         """Takes the hooks out of the model."""
+        self._open = False
         self.runtime.detach()
 
     def __enter__(self) -> Self:
@@ -168,6 +187,10 @@ class Rows:
         """The ``applied`` block of each row of the batch; None for rows that are not steered."""
         return [self._runtime.report(run) if run is not None else None for run in self._runs]
 
+    def restart(self) -> None:
+        """The next pass is the first of a generation."""
+        self._runs, self._length = [], -1
+
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: lays out the pass.
 
@@ -180,6 +203,8 @@ class Rows:
             ids = tokens.cpu().numpy()
         elif embeds is not None:
             ids = np.full(embeds.shape[:2], -1)
+            if any(s.skip_token is not None or s.token_in for p in self._programs if p for s in p.selectors):
+                raise Unsupported("'skip_bos' and 'token_in' need token ids, and the model was given inputs_embeds.")
         else:
             raise Unsupported("The forward pass has neither input_ids nor inputs_embeds.")
         mask = self._mask(kwargs, ids)

@@ -32,6 +32,8 @@ class Limits:
                 f"Wide programs must be wider than the others: {self.wide_rows} features against {self.rows}. "
                 "Widen them, or have none."
             )
+        if self.max_programs < 1 or self.rows < 1:
+            raise StartError("There must be at least one slot of at least one feature.")
 
     @property
     def widest(self) -> int:

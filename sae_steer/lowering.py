@@ -40,7 +40,8 @@ def rows_of(intervention: Intervention, path: str, catalog: Catalog, sites: Sequ
             raise AssertionError("capabilities refuse 'app' until a host can honour it")
         case _:
             entry = catalog.sae(intervention.sae, param=f"{path}.sae")
-            check_features(entry, intervention.features, f"{path}.features")
+            for i, feature in enumerate(intervention.features):
+                check_feature(entry, feature, f"{path}.features[{i}]")
             check_topk(entry, f"{path}.sae")
             return entry.site, _feature_rows(intervention, path, entry)
 
@@ -69,7 +70,6 @@ def _feature_rows(
 
 def _value_row(row: Row, op: str, value: float, norm_units: bool) -> Row:
     """``clamp``, ``add``, ``floor`` and ``cap`` as ``clip(a f + c, lo, hi)``."""
-    value = value + 0.0  # -0.0 and 0.0 are one program
     match op:
         case "clamp":
             return replace(row, scale=0.0, shift=value, norm_units=norm_units)
@@ -132,15 +132,13 @@ def _reference_max(entry: CatalogSae, feature: int, path: str) -> float:
     return label.reference_max
 
 
-def check_features(entry: CatalogSae, features: Sequence[int], path: str) -> None:
+def check_feature(entry: CatalogSae, feature: int, path: str) -> None:
     """Raises :class:`UnknownFeature` for a number outside the dictionary."""
     count = entry.sae.spec.n_features
-    for i, feature in enumerate(features):
-        if feature >= count:
-            raise UnknownFeature(
-                f"{path}[{i}]: SAE {entry.name!r} has features 0 to {count - 1}; there is no {feature}.",
-                param=f"{path}[{i}]",
-            )
+    if feature >= count:
+        raise UnknownFeature(
+            f"{path}: SAE {entry.name!r} has features 0 to {count - 1}; there is no {feature}.", param=path
+        )
 
 
 def check_topk(entry: CatalogSae, path: str) -> None:

@@ -209,7 +209,7 @@ class Program:
 def _plain(value: object) -> Any:
     """A value as plain JSON with every float exact (hex), for hashing."""
     if isinstance(value, float):
-        return value.hex()
+        return (value + 0.0).hex()  # -0.0 and 0.0 are one program
     if isinstance(value, Site | enum.Enum):
         return str(value)
     if isinstance(value, Sequence) and not isinstance(value, str):

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from sae_steer.catalog import Catalog
 from sae_steer.edit_layer import EditLayer
-from sae_steer.errors import WidthMismatch
+from sae_steer.errors import SiteError, WidthMismatch
 from sae_steer.families import width
 from sae_steer.hooks import install
 from sae_steer.limits import Limits
@@ -73,10 +73,17 @@ class Runtime:
             CheckpointError: An SAE that is held whole cannot be read.
         """
         wanted = dict.fromkeys([*(entry.site for entry in catalog.saes.values()), *sites])
+        for site in wanted:
+            if site.write.order < site.read.order:
+                raise SiteError(f"The site {site} writes before it reads. Swap its places.")
         ordered = sorted(wanted, key=lambda site: (site.write.order, site.read.order))
         runtime = cls(model, catalog, limits, ordered)
-        for layer in runtime._layers.values():
-            runtime._handles.extend(install(model, layer))
+        try:
+            for layer in runtime._layers.values():
+                runtime._handles.extend(install(model, layer))
+        except BaseException:
+            runtime.detach()
+            raise
         return runtime
 
     def _tables(self, model: PreTrainedModel, site: Site, buckets: Sequence[Bucket]) -> SiteTables:
@@ -206,7 +213,11 @@ class Runtime:
                     touched[cut] |= flags[cut] != 0
         programs = len({p.run.program.digest for p in placed})
         summary = StepSummary(int(touched.sum()), edits, programs)
+        self.drop_step()
+        return summary
+
+    def drop_step(self) -> None:
+        """Lays out an idle step, and forgets the one before without gathering it: its forward pass broke off."""
         self._step.clear()
         for layer in self._layers.values():
             layer.arm(frozenset())
-        return summary

@@ -7,7 +7,6 @@ never turn into a request that is not steered as asked.
 
 import json
 import math
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
@@ -19,8 +18,6 @@ MAX_INTERVENTIONS = 256
 MAX_FEATURES = 16384
 MAX_RANGES = 64
 MAX_DEPTH = 32
-# What pydantic calls a branch of a union: a tag of ours, a type or a class. No field of the wire looks like it.
-_VARIANT = re.compile(r"^~|-|\[|^float$|^[A-Z]")
 
 Name = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}$", description="A name in the server's catalog.")
@@ -30,7 +27,9 @@ PositionIndex = Annotated[int, Field(ge=0, lt=2**31)]
 # Bounded so that no product of two of them overflows float32 before the dose limit sees it.
 Value = Annotated[float, Field(ge=-1e12, le=1e12)]
 Values = Annotated[
-    Value | Annotated[list[Value], Field(min_length=1, max_length=MAX_FEATURES)],
+    Annotated[Value, Tag("~number")]
+    | Annotated[list[Value], Field(min_length=1, max_length=MAX_FEATURES), Tag("~list")],
+    Discriminator(lambda value: "~list" if isinstance(value, list) else "~number"),
     Field(description="One number, or one per feature."),
 ]
 
@@ -82,7 +81,10 @@ class Ranges(Closed):
         return self
 
 
-Positions = Literal["all", "prompt", "completion"] | Ranges
+Positions = Annotated[
+    Annotated[Literal["all", "prompt", "completion"], Tag("~phase")] | Annotated[Ranges, Tag("~ranges")],
+    Discriminator(lambda value: "~ranges" if isinstance(value, dict | Ranges) else "~phase"),
+]
 
 
 class _Edit(Closed):
@@ -196,18 +198,18 @@ def _variant(value: Any) -> str | None:
     if not isinstance(op, str) or op not in _TAGS:
         return None
     named = "vector" in value if isinstance(value, dict) else hasattr(value, "vector")
-    return f"{'vector' if named else 'feature'}-{_TAGS[op]}"
+    return f"~{'vector' if named else 'feature'}-{_TAGS[op]}"
 
 
 Intervention = Annotated[
-    Annotated[FeatureValueEdit, Tag("feature-value")]
-    | Annotated[FeatureScaleEdit, Tag("feature-scale")]
-    | Annotated[FeatureAblateEdit, Tag("feature-ablate")]
-    | Annotated[FeatureMaskEdit, Tag("feature-mask")]
-    | Annotated[AppEdit, Tag("feature-app")]
-    | Annotated[VectorValueEdit, Tag("vector-value")]
-    | Annotated[VectorScaleEdit, Tag("vector-scale")]
-    | Annotated[VectorAblateEdit, Tag("vector-ablate")],
+    Annotated[FeatureValueEdit, Tag("~feature-value")]
+    | Annotated[FeatureScaleEdit, Tag("~feature-scale")]
+    | Annotated[FeatureAblateEdit, Tag("~feature-ablate")]
+    | Annotated[FeatureMaskEdit, Tag("~feature-mask")]
+    | Annotated[AppEdit, Tag("~feature-app")]
+    | Annotated[VectorValueEdit, Tag("~vector-value")]
+    | Annotated[VectorScaleEdit, Tag("~vector-scale")]
+    | Annotated[VectorAblateEdit, Tag("~vector-ablate")],
     Discriminator(
         _variant,
         custom_error_type="unknown_op",
@@ -276,14 +278,14 @@ _PROFILE = TypeAdapter(Profile)
 
 
 def json_path(root: str, fault: ErrorDetails) -> str:
-    """``steering.interventions[0].value`` from a fault's location; names of union variants are left out."""
+    """``steering.interventions[0].value`` from a fault's location; tags of unions start with ~ and are left out."""
     location = fault["loc"]
     unknown = fault["type"] == "extra_forbidden"  # then the last part is the client's own word
     path = root
     for i, part in enumerate(location):
         if isinstance(part, int):
             path += f"[{part}]"
-        elif not _VARIANT.search(part) or (unknown and i == len(location) - 1):
+        elif not part.startswith("~") or (unknown and i == len(location) - 1):
             path = f"{path}.{part}" if path else part
     return path
 
@@ -350,6 +352,8 @@ def loads(text: str | bytes) -> Any:
         raise SchemaError(f"{word} is not JSON; numbers must be finite.", code="non_finite_number")
 
     try:
+        # Decoded here: the standard parser would also take UTF-16 and UTF-32.
+        text = text.decode() if isinstance(text, bytes) else text
         value = json.loads(text, object_pairs_hook=pairs, parse_float=number, parse_constant=constant)
     except RecursionError:
         raise SchemaError("The body nests too deeply.", code="too_deep") from None

@@ -63,7 +63,7 @@ class StepMap:
 
     def fill(self, spans: Sequence[Span]) -> None:
         """Lays out a step: ``spans`` in the order of the flattened ``[T]`` batch. Tokens beyond them have no slot."""
-        self.placed = []
+        self.clear()
         total = sum(len(span.tokens) for span in spans)
         if total > self.capacity:
             self._allocate(max(total, 2 * self.capacity))

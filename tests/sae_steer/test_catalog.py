@@ -200,6 +200,17 @@ def test_without_a_folder_there_are_no_profiles() -> None:
         store.put(profile())
 
 
+def test_a_folder_that_is_only_read(store: ProfileStore) -> None:
+    store.put(profile())
+    reader = ProfileStore(store.folder, writable=False)
+    assert reader.get("calm") == profile()
+    with pytest.raises(Forbidden):
+        reader.put(profile("new"))
+    with pytest.raises(Forbidden):
+        reader.delete("calm")
+    assert store.names() == ["calm"]
+
+
 # ------------------------------------------------------------------------------------------- vectors
 
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_steer.catalog import Catalog, CatalogSae
-from sae_steer.compiler import MAX_SELECTORS, Limits
+from sae_steer.compiler import MAX_SELECTORS
 from sae_steer.errors import RequestError
+from sae_steer.limits import Limits
 from sae_steer.program import Phase, Program
 from sae_steer.sae import open_sae
 from sae_steer.schema import parse_profile
@@ -209,6 +210,17 @@ def test_limits(limits: Limits, document: Json, fits: bool, catalog: Catalog) ->
     else:
         error = refused(document, catalog, limits=limits)
         assert (error.code, error.param) == ("limit_exceeded", "steering.interventions")
+
+
+@pytest.mark.parametrize(
+    ("asked", "held", "limit"), [(None, 0.5, 0.5), (0.4, 0.5, 0.4), (0.6, 0.5, 0.5), (0.4, math.inf, 0.4)]
+)
+def test_the_lower_of_two_dose_limits_holds(asked: float | None, held: float, limit: float, catalog: Catalog) -> None:
+    fields = {"dose": {"limit": asked, "on_dose": "scale"}} if asked is not None else {}
+    compiled = compile_doc(steering(edit(), **fields), catalog, limits=Limits(dose_limit=held))
+    assert compiled is not None
+    assert compiled.dose_limit == limit
+    assert compiled.on_dose == ("scale" if asked is not None else "fail")
 
 
 def _selected(count: int) -> Json:

@@ -18,7 +18,7 @@ from sae_steer.sae import Sae, open_sae
 from sae_steer.sites import Site
 from sae_steer.step import Span
 from tests.sae_files import write_saelens
-from tests.sae_steer.helpers import HIDDEN, Json, compile_doc, edit, steering, tiny_model, vector_edit
+from tests.sae_steer.helpers import HIDDEN, LAYERS, Json, compile_doc, edit, steering, tiny_model, vector_edit
 
 IDS = torch.tensor([[1, 17, 33, 4, 9]])
 LENS = {"resid_post": "hook_resid_post", "resid_pre": "hook_resid_pre"}
@@ -118,6 +118,10 @@ class Toy(nn.Module):
         self.by_keyword, self.transposed = by_keyword, transposed
         self.dtype, self.device = torch.float32, torch.device("cpu")
 
+    @property
+    def base_model(self) -> Any:
+        return self.model
+
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.model.layers:
             if self.transposed:  # the same values in an order of memory that no view flattens
@@ -204,6 +208,21 @@ def test_a_pass_that_broke_off_is_not_counted(model: PreTrainedModel, catalog: C
                 states(model)
             handle.remove()
             assert rows.reports()[0]["tokens"] == 0  # type: ignore[index]
+
+
+def test_a_site_that_a_pass_does_not_reach_is_not_counted(model: PreTrainedModel, catalog: Catalog) -> None:
+    """An early exit leaves later layers out, and with them their edits."""
+    vectors = {"v": catalog.vector("v").values}
+    with sae_steer.attach(model, {}, vectors=vectors, sites=["resid_post.1"]) as steer:
+        with steer.rows([steering(vector_edit())]):
+            states(model)
+        with steer.rows([steering(vector_edit())]) as rows:
+            model.config.num_hidden_layers = 1
+            try:
+                states(model)
+            finally:
+                model.config.num_hidden_layers = LAYERS
+        assert rows.reports()[0]["tokens"] == 0  # type: ignore[index]
 
 
 # ------------------------------------------------------------------------------------------- nothing else

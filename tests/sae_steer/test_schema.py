@@ -200,6 +200,13 @@ def test_messages_can_be_sent_whatever_was_received() -> None:
     json.dumps([error.message, error.param], ensure_ascii=False).encode()
 
 
+@pytest.mark.parametrize("name", ["calm", "res-12", "Res", "float"])
+def test_a_fault_below_a_name_is_found_by_the_name(name: str) -> None:
+    with pytest.raises(SchemaError) as caught:
+        parse_profile({"name": "calm", "interventions": [edit()], "saes": {name: 5}})
+    assert caught.value.param == f"profile.saes.{name}"
+
+
 # ------------------------------------------------------------------------------------------- the published schema
 
 
@@ -287,6 +294,8 @@ def _at(value: Any, path: tuple[Any, ...]) -> Any:
         (b"\xff\xfe", "invalid_json"),
         ('{"a": 1}'.encode("utf-16"), "invalid_json"),
         (b"1" * 5000, "invalid_json"),
+        (b'["\\ud800"]', "invalid_unicode"),
+        (b'{"\\udfff": 1}', "invalid_unicode"),
         (b'{"a": 1, "a": 2}', "duplicate_key"),
         (b'[{"b": {"a": 1, "a": 1}}]', "duplicate_key"),
         (b'{"a": 1, "\\u0061": 2}', "duplicate_key"),
@@ -332,4 +341,4 @@ def test_bytes_are_read_or_refused(text: bytes) -> None:
         loads(text)
     except SchemaError as error:
         code = error.code
-    assert code in {None, "invalid_json", "duplicate_key", "non_finite_number", "too_deep"}
+    assert code in {None, "invalid_json", "duplicate_key", "non_finite_number", "too_deep", "invalid_unicode"}

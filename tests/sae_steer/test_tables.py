@@ -141,6 +141,14 @@ def test_units(catalog: Catalog) -> None:
     assert ints(tables)[RowInt.NORM_UNITS] == 1
 
 
+@pytest.mark.parametrize("op", ["clamp", "add", "floor", "cap"])
+def test_every_op_with_a_value_may_count_in_residual_norms(op: str, catalog: Catalog) -> None:
+    for one in (edit(op=op), vector_edit(op=op)):
+        raw, norm = (written(catalog, one | {"units": units})[0] for units in ("raw", "residual_norm"))
+        assert floats(raw) == floats(norm)
+        assert (ints(raw)[RowInt.NORM_UNITS], ints(norm)[RowInt.NORM_UNITS]) == (0, 1)
+
+
 def test_gates_and_selectors(catalog: Catalog) -> None:
     gate = {"sae": "r1b", "feature": 9, "above": 1.5, "below": 4.5}
     tables, _ = written(
