@@ -108,9 +108,10 @@ def activation_table(answers: dict[str, Any], features: dict[int, str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", default="Tell me about the sea.")
-    parser.add_argument("--clamp", default="music", help="label of the feature to clamp to its recorded maximum")
-    parser.add_argument("--ablate", default="the sea", help="label of the feature to ablate")
+    parser.add_argument("--prompt", default="Talk about food.")
+    parser.add_argument("--clamp", default="the sea", help="label of the feature to clamp")
+    parser.add_argument("--value", type=float, default=0.8, help="what to clamp it to, in multiples of its maximum")
+    parser.add_argument("--ablate", default="food", help="label of the feature to ablate")
     parser.add_argument("--tokens", type=int, default=48, help="the longest answer, in tokens")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -129,7 +130,7 @@ def main() -> None:
                 model,
                 options.prompt,
                 options.tokens,
-                [edit(up, "clamp", value=1.0, units="reference_max"), watch(down)],
+                [edit(up, "clamp", value=options.value, units="reference_max"), watch(down)],
             ),
             f"{ablated['label']} ablated": ask(
                 client, model, options.prompt, options.tokens, [watch(up), edit(down, "ablate")]

@@ -35,14 +35,14 @@ async def feature(client: AsyncOpenAI, sae: str, label: str) -> int:
 async def run(base_url: str, prompt: str) -> None:
     client = AsyncOpenAI(base_url=base_url, api_key=os.environ.get("SAE_STEER_API_KEY", "none"))
     model = (await client.models.list()).data[0].id
-    music, rain = await asyncio.gather(*(feature(client, "embedded", label) for label in ("music", "rain")))
+    sea, music = await asyncio.gather(*(feature(client, "embedded", label) for label in ("the sea", "music")))
     programs = {
         name: {
             "interventions": [
-                {"sae": "embedded", "features": [number], "op": "clamp", "value": 1.0, "units": "reference_max"}
+                {"sae": "embedded", "features": [number], "op": "clamp", "value": 0.8, "units": "reference_max"}
             ]
         }
-        for name, number in (("music", music), ("rain", rain))
+        for name, number in (("the sea", sea), ("music", music))
     }
     answers = await asyncio.gather(*(ask(client, model, prompt, program) for program in programs.values()))
     for name, answer in zip(programs, answers, strict=True):

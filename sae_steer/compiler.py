@@ -90,6 +90,11 @@ def compile_program(
     _gates(catalog, builders)
     drops = _drops(steering, catalog, builders)
     dose = steering.dose
+    if dose is not None and dose.limit > limits.dose_limit:
+        raise LimitExceeded(
+            f"steering.dose.limit: {dose.limit:g} is more than this server allows, {limits.dose_limit:g}.",
+            param="steering.dose.limit",
+        )
     program = Program(
         sites=tuple(
             SiteProgram(builder.site, tuple(builder.rows.values()), drops.get(builder.site))

@@ -57,6 +57,9 @@ class EditLayer:
             flag.fill_(number in buckets)
         if self.capacity < self.step.capacity:
             self._allocate(self.step.capacity)
+        for number in buckets:
+            # A pass that never reaches the site must not be counted by what the pass before it left here.
+            self.buffers[number].flags.zero_()
 
     def __call__(self, y: Tensor, read: Tensor | None = None, residual: Tensor | None = None) -> None:
         """Edits ``y [..., D_out]`` in place, rows in the order of the step's map.

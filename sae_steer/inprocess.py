@@ -97,6 +97,8 @@ class Steer:
         """Steers the model inside the block: one request for each row of the batch.
 
         A batch of a multiple of as many rows (beams, several return sequences) gives each request that many rows.
+        Without a cache, forward passes of your own that grow by one token are taken as one generation;
+        ``model.generate`` starts a new one each time.
 
         Args:
             requests: What each row asks; None leaves its row alone, to the bit.
@@ -118,6 +120,7 @@ class Steer:
             before = self.model.register_forward_pre_hook(rows.begin, with_kwargs=True)
             after = self.model.register_forward_hook(rows.end)
             # A pass without a cache looks the same whether it goes on with a generation or starts the next one.
+            own = vars(self.model).get("generate")
             generate = cast(Callable[..., Any], self.model.generate)
 
             def generate_anew(*args: Any, **kwargs: Any) -> Any:
@@ -128,7 +131,10 @@ class Steer:
             try:
                 yield rows
             finally:
-                del vars(self.model)["generate"]
+                if own is None:
+                    del vars(self.model)["generate"]
+                else:
+                    vars(self.model)["generate"] = own
                 before.remove()
                 after.remove()
                 self.runtime.drop_step()  # of a pass that broke off

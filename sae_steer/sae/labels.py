@@ -72,10 +72,17 @@ class Labels:
         return self._features.get(feature)
 
     def search(self, query: str, limit: int) -> list[FeatureLabel]:
-        """The first ``limit`` features, by number, whose label contains ``query`` in any case; empty: any feature."""
+        """The first ``limit`` features whose label contains ``query`` in any case; empty: any feature.
+
+        Labels that are the query come first, then those that begin with it; within these, by number.
+        """
         folded = query.casefold()
-        found = [i for i, label in self._folded.items() if folded in label] if folded else list(self._features)
-        return [self._features[i] for i in found[: max(limit, 0)]]
+        if not folded:
+            return list(self._features.values())[: max(limit, 0)]
+        found = [
+            (label != folded, not label.startswith(folded), i) for i, label in self._folded.items() if folded in label
+        ]
+        return [self._features[i] for *_, i in sorted(found)[: max(limit, 0)]]
 
     def __len__(self) -> int:
         return len(self._features)

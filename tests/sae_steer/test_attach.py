@@ -559,3 +559,28 @@ def test_one_block_inside_another_is_refused(steer: Steer) -> None:
     """The inner block lays out the pass anew, so the outer one's rows would not be steered."""
     with steer.rows([CLAMP]), pytest.raises((SteerError, RuntimeError)), steer.rows([PUSH]):
         logits(steer.model, batch(LONG))
+
+
+def test_two_attachments_of_one_model_work_side_by_side(
+    steer: Steer, model: PreTrainedModel, vectors: dict[str, Tensor]
+) -> None:
+    generate_before = vars(model).get("generate")
+    add = [steering(vector_edit(site=site)) for site in ("resid_post.0", SITE)]
+    with sae_steer.attach(model, {}, vectors=vectors, sites=["resid_post.0", SITE]) as one:
+        with one.rows([steering(*(request["interventions"][0] for request in add))]):
+            expected = generate(model, batch(LONG)).sequences
+        with one.rows([add[0]]) as outer, steer.rows([add[1]]) as inner:
+            assert torch.equal(generate(model, batch(LONG)).sequences, expected)
+    assert [rows.reports()[0]["sites"] for rows in (outer, inner)] == [["resid_post.0"], [SITE]]  # type: ignore[index]
+    assert vars(model).get("generate") is generate_before
+
+
+def test_what_the_caller_put_on_the_model_stays(steer: Steer) -> None:
+    own = steer.model.generate
+    vars(steer.model)["generate"] = own
+    try:
+        with steer.rows([CLAMP]):
+            generate(steer.model, batch(LONG))
+        assert vars(steer.model).get("generate") is own
+    finally:
+        vars(steer.model).pop("generate", None)
