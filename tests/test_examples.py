@@ -48,8 +48,8 @@ def test_in_process() -> None:
 def test_openai_client(demo: Served) -> None:
     out = run(EXAMPLES / "openai_client.py", "--base-url", f"{demo.url}/v1")
     sea, music = re.split(r"^--- .*$", out, flags=re.MULTILINE)[1:]
-    assert "sea" in sea
-    assert sea.strip() != music.strip()
+    assert re.search("sea|ocean|tide|boat|lighthouse", sea)
+    assert re.search("music|song|piano|violin|concert", music)
 
 
 def test_demo() -> None:

@@ -213,7 +213,7 @@ def test_limits(limits: Limits, document: Json, fits: bool, catalog: Catalog) ->
 
 
 @pytest.mark.parametrize(
-    ("asked", "held", "limit"), [(None, 0.5, 0.5), (0.4, 0.5, 0.4), (0.6, 0.5, 0.5), (0.4, math.inf, 0.4)]
+    ("asked", "held", "limit"), [(None, 0.5, 0.5), (0.4, 0.5, 0.4), (0.5, 0.5, 0.5), (0.4, math.inf, 0.4)]
 )
 def test_the_lower_of_two_dose_limits_holds(asked: float | None, held: float, limit: float, catalog: Catalog) -> None:
     fields = {"dose": {"limit": asked, "on_dose": "scale"}} if asked is not None else {}
@@ -221,6 +221,12 @@ def test_the_lower_of_two_dose_limits_holds(asked: float | None, held: float, li
     assert compiled is not None
     assert compiled.dose_limit == limit
     assert compiled.on_dose == ("scale" if asked is not None else "fail")
+
+
+def test_a_dose_beyond_the_servers_is_refused_rather_than_lowered(catalog: Catalog) -> None:
+    document = steering(edit(), dose={"limit": 0.6, "on_dose": "scale"})
+    error = refused(document, catalog, limits=Limits(dose_limit=0.5))
+    assert (error.code, error.param) == ("limit_exceeded", "steering.dose.limit")
 
 
 def _selected(count: int) -> Json:
