@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -205,10 +206,11 @@ class Rows:
         """
         tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else (args[0] if args else None)
         embeds = kwargs.get("inputs_embeds")
+        ids: NDArray[np.int64]
         if tokens is not None:
             ids = tokens.cpu().numpy()
         elif embeds is not None:
-            ids = np.full(embeds.shape[:2], -1)
+            ids = np.full(tuple(embeds.shape[:2]), -1)
             if any(s.skip_token is not None or s.token_in for p in self._programs if p for s in p.selectors):
                 raise Unsupported("'skip_bos' and 'token_in' need token ids, and the model was given inputs_embeds.")
         else:
@@ -228,7 +230,7 @@ class Rows:
                 raise run.failure
 
     @staticmethod
-    def _mask(kwargs: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
+    def _mask(kwargs: Mapping[str, Any], ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """``[B, past + T]``: 1 for tokens, 0 for padding."""
         mask = kwargs.get("attention_mask")
         if mask is None:
@@ -237,7 +239,7 @@ class Rows:
             raise Unsupported("Only two-dimensional attention masks tell the positions. Leave static caches out.")
         return mask.cpu().numpy().astype(np.int64)
 
-    def _restart_if_new(self, kwargs: Mapping[str, Any], ids: np.ndarray, mask: np.ndarray) -> None:
+    def _restart_if_new(self, kwargs: Mapping[str, Any], ids: NDArray[np.int64], mask: NDArray[np.int64]) -> None:
         """Starts runs at the first pass of a generation; later passes go on with them."""
         past, length = _past(kwargs), mask.shape[1]
         goes_on = self._runs and (past > 0 or length == self._length + 1)
@@ -258,7 +260,9 @@ class Rows:
             run = self._runtime.start_run(program, self._slots[program.digest], int(lengths[row])) if program else None
             self._runs.append(run)
 
-    def _spans(self, row: int, ids: np.ndarray, held: np.ndarray, positions: np.ndarray) -> Iterator[Span]:
+    def _spans(
+        self, row: int, ids: NDArray[np.int64], held: NDArray[np.bool_], positions: NDArray[np.int64]
+    ) -> Iterator[Span]:
         """A row as padding, tokens, padding."""
         real = np.flatnonzero(held)
         if real.size == 0:

@@ -57,7 +57,7 @@ class SteeredModel:
     def text(self, tokens: list[int]) -> str:
         """Text of a completion: what it adds to the text of the prompt."""
         before = self.tokenizer.decode(self.prompt, skip_special_tokens=True)
-        return self.tokenizer.decode([*self.prompt, *tokens], skip_special_tokens=True)[len(before) :]
+        return str(self.tokenizer.decode([*self.prompt, *tokens], skip_special_tokens=True))[len(before) :]
 
 
 def _load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
