@@ -48,7 +48,8 @@ class EditLayer:
     @property
     def armed(self) -> bool:
         """Whether the ops must be called: a program is at work here, or a graph that must hold them is compiled."""
-        return self.enabled or torch.compiler.is_compiling()
+        # In this order: a compiled graph must not depend on ``enabled``.
+        return torch.compiler.is_compiling() or self.enabled
 
     def arm(self, buckets: frozenset[int]) -> None:
         """Says which buckets have a program at this site in the next step; grows the buffers with the step's map."""
@@ -71,10 +72,11 @@ class EditLayer:
         """
         if not self.armed:
             return
-        flat = y.reshape(-1, y.shape[-1])
-        self._edit(flat, _flat(read), _flat(residual))
-        # ``reshape`` copies only where a view is impossible.
-        if flat.data_ptr() != y.data_ptr():
+        if y.is_contiguous():
+            self._edit(y.view(-1, y.shape[-1]), _flat(read), _flat(residual))
+        else:
+            flat = y.reshape(-1, y.shape[-1])  # a copy, perhaps
+            self._edit(flat, _flat(read), _flat(residual))
             y.copy_(flat.view(y.shape))
 
     def _edit(self, y: Tensor, read: Tensor | None, residual: Tensor | None) -> None:
