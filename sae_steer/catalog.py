@@ -21,8 +21,9 @@ from torch import Tensor
 
 from sae_steer.errors import CheckpointError, Forbidden, SchemaError, StartError, UnknownName
 from sae_steer.sae import FeatureLabel, Labels, Sae
-from sae_steer.schema import Profile, loads, parse_profile
+from sae_steer.schema import Profile, parse_profile
 from sae_steer.sites import Site
+from sae_steer.strict_json import loads
 
 PROFILE_FILE = "profile.json"
 MAX_PROFILE_BYTES = 4 * 2**20

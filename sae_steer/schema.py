@@ -5,8 +5,6 @@ must be JSON numbers (no strings, no booleans), finite, and every unknown key is
 never turn into a request that is not steered as asked.
 """
 
-import json
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
@@ -17,7 +15,6 @@ from sae_steer.errors import SchemaError
 MAX_INTERVENTIONS = 256
 MAX_FEATURES = 16384
 MAX_RANGES = 64
-MAX_DEPTH = 32
 
 Name = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}$", description="A name in the server's catalog.")
@@ -325,59 +322,3 @@ def parse_profile(value: object, *, root: str = "profile") -> Profile:
 def steering_json_schema() -> dict[str, Any]:
     """The published JSON Schema of the ``steering`` field."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_STEERING.json_schema()}
-
-
-def loads(text: str | bytes) -> Any:
-    """Parses JSON strictly; the standard parser would let these pass.
-
-    Raises:
-        SchemaError: It is not JSON, repeats a key, holds NaN or an infinity (also as 1e999), or nests absurdly.
-    """
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) != len(items):
-            seen: set[str] = set()
-            twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise SchemaError(f"The key {twice!r} appears twice in one object.", code="duplicate_key")
-        return found
-
-    def number(digits: str) -> float:
-        value = float(digits)
-        if not math.isfinite(value):
-            raise SchemaError(f"{digits} is not a finite number.", code="non_finite_number")
-        return value
-
-    def constant(word: str) -> float:
-        raise SchemaError(f"{word} is not JSON; numbers must be finite.", code="non_finite_number")
-
-    try:
-        # Decoded here: the standard parser would also take UTF-16 and UTF-32.
-        text = text.decode() if isinstance(text, bytes) else text
-        value = json.loads(text, object_pairs_hook=pairs, parse_float=number, parse_constant=constant)
-    except RecursionError:
-        raise SchemaError("The body nests too deeply.", code="too_deep") from None
-    except ValueError as error:
-        raise SchemaError(f"The body is not valid JSON: {error}", code="invalid_json") from None
-    if _depth(value) > MAX_DEPTH:
-        raise SchemaError(f"The body nests deeper than {MAX_DEPTH} levels.", code="too_deep")
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        # JSON can spell half of a character; no tokenizer can read it.
-        raise SchemaError("The body holds half of a character (a lone surrogate).", code="invalid_unicode") from None
-    return value
-
-
-def _depth(value: Any) -> int:
-    """Levels of nesting, counted without recursion."""
-    depth, level = 0, [value]
-    while level and depth <= MAX_DEPTH:
-        depth += 1
-        level = [
-            child
-            for item in level
-            if isinstance(item, dict | list)
-            for child in (item.values() if isinstance(item, dict) else item)
-        ]
-    return depth

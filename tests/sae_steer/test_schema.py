@@ -11,7 +11,8 @@ from pydantic import BaseModel
 
 from sae_steer import schema
 from sae_steer.errors import SchemaError
-from sae_steer.schema import Profile, loads, parse_profile, parse_steering, steering_json_schema
+from sae_steer.schema import Profile, parse_profile, parse_steering, steering_json_schema
+from sae_steer.strict_json import loads
 from tests.sae_steer.helpers import Json, documents, edit, interventions, names, steering, vector_edit
 
 PUBLISHED = jsonschema_rs.validator_for(steering_json_schema())

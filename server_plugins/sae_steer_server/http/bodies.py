@@ -7,7 +7,8 @@ from pydantic_core import ErrorDetails
 from starlette.requests import Request
 
 from sae_steer.errors import BodyTooLarge, RequestError
-from sae_steer.schema import json_path, loads, schema_error
+from sae_steer.schema import json_path, schema_error
+from sae_steer.strict_json import loads
 
 _Body = TypeVar("_Body", bound=BaseModel)
 _CODES = {"extra_forbidden": "unknown_field", "missing": "missing_field", "unsupported": "unsupported"}
