@@ -5,8 +5,10 @@ are a folder that is read again whenever it changed, so that several server proc
 """
 
 import contextlib
+import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -21,12 +23,13 @@ from torch import Tensor
 
 from sae_steer.errors import CheckpointError, Forbidden, SchemaError, StartError, UnknownName
 from sae_steer.sae import FeatureLabel, Labels, Sae
-from sae_steer.schema import Profile, parse_profile
+from sae_steer.schema import NAME_PATTERN, Profile, parse_profile
 from sae_steer.sites import Site
 from sae_steer.strict_json import loads
 
 PROFILE_FILE = "profile.json"
 MAX_PROFILE_BYTES = 4 * 2**20
+_NAME = re.compile(NAME_PATTERN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +122,11 @@ class ProfileStore:
         """Sorted names of the stored profiles."""
         if self.folder is None or not self.folder.is_dir():
             return []
-        return sorted(entry.name for entry in self.folder.iterdir() if (entry / PROFILE_FILE).is_file())
+        return sorted(
+            entry.name
+            for entry in self.folder.iterdir()
+            if _NAME.fullmatch(entry.name) and not entry.is_symlink() and (entry / PROFILE_FILE).is_file()
+        )
 
     def get(self, name: str) -> Profile:
         """The profile as it is now on disk; raises :class:`UnknownName`, or :class:`SchemaError` for a broken file."""
@@ -137,20 +144,32 @@ class ProfileStore:
         except FileNotFoundError:  # somebody else removed it since it was listed
             raise self._unknown(name) from None
         if stat.st_size > MAX_PROFILE_BYTES:
-            raise SchemaError(f"Profile {name!r} is larger than {MAX_PROFILE_BYTES} bytes.")
-        profile = parse_profile(loads(text), root=f"profile {name}")
+            raise SchemaError(f"Profile {name!r} is larger than {MAX_PROFILE_BYTES} bytes.", code="broken_profile")
+        try:
+            profile = parse_profile(loads(text), root="")
+        except SchemaError as error:
+            message = f"The stored profile {name!r} is broken: {error.message}"
+            raise SchemaError(message, code="broken_profile") from None
         if profile.name != name:
-            raise SchemaError(f"The profile in folder {name!r} calls itself {profile.name!r}; the two must agree.")
+            raise SchemaError(
+                f"The profile in folder {name!r} calls itself {profile.name!r}; the two must agree.",
+                code="broken_profile",
+            )
         self._cache[name] = identity, profile
         return profile
 
     def put(self, profile: Profile) -> None:
-        """Stores a profile atomically; raises :class:`Forbidden` where there is no folder."""
+        """Stores a profile atomically; raises :class:`Forbidden` where there is no folder, or it cannot be written."""
         folder = self._writable()
-        folder.mkdir(parents=True, exist_ok=True)
-        text = profile.model_dump_json(indent=2, exclude_defaults=True)
-        target = folder / profile.name
-        target.mkdir(exist_ok=True)
+        try:
+            self._put(folder / profile.name, profile.model_dump_json(indent=2, exclude_defaults=True))
+        except OSError as error:
+            raise self._unwritable(profile.name, error) from error
+
+    def _put(self, target: Path, text: str) -> None:
+        if target.is_symlink():
+            raise FileExistsError(errno.EEXIST, "a link of that name is in the way")
+        target.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=target, suffix=".tmp")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -168,7 +187,16 @@ class ProfileStore:
         folder = self._writable()
         if name not in self.names():
             raise self._unknown(name)
-        shutil.rmtree(folder / name)
+        try:
+            shutil.rmtree(folder / name)
+        except FileNotFoundError:  # somebody else was faster
+            raise self._unknown(name) from None
+        except OSError as error:
+            raise self._unwritable(name, error) from error
+
+    @staticmethod
+    def _unwritable(name: str, error: OSError) -> Forbidden:
+        return Forbidden(f"The folder of profile {name!r} cannot be changed: {error.strerror or type(error).__name__}.")
 
     def _unknown(self, name: str) -> UnknownName:
         known = ", ".join(self.names()) or "none"

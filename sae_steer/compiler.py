@@ -79,26 +79,35 @@ def compile_program(
         RequestError: Any of its subclasses, with ``param`` set.
     """
     _require(steering, capabilities)
-    edits = list(_gather(steering, catalog))
-    if not edits:
-        return None
-    builders: dict[Site, _SiteBuilder] = {}
-    for edit in edits:
-        _require_edit(edit, capabilities)
-        _resolve(edit, catalog, sites, builders, override=steering.override)
-    selectors = _selectors(builders, bos_token_id)
-    _gates(catalog, builders)
-    drops = _drops(steering, catalog, builders)
     dose = steering.dose
     if dose is not None and dose.limit > limits.dose_limit:
         raise LimitExceeded(
             f"steering.dose.limit: {dose.limit:g} is more than this server allows, {limits.dose_limit:g}.",
             param="steering.dose.limit",
         )
+    edits = list(_gather(steering, catalog))
+    if not edits:
+        if steering.error == "drop":
+            raise Unsupported(
+                "steering.error: 'drop' drops the error of the SAE whose features are edited, and none is. To write "
+                "the plain reconstruction, scale one feature by 1.",
+                param="steering.error",
+            )
+        return None
+    builders: dict[Site, _SiteBuilder] = {}
+    for edit in edits:
+        _require_edit(edit, capabilities)
+        _resolve(edit, catalog, sites, builders, override=steering.override)
+    for builder in builders.values():
+        builder.rows = dict(sorted(builder.rows.items()))  # programs that mean the same are the same
+        builder.edits = dict(sorted(builder.edits.items()))
+    selectors = _selectors(builders, bos_token_id)
+    _gates(catalog, builders)
+    drops = _drops(steering, catalog, builders)
     program = Program(
         sites=tuple(
             SiteProgram(builder.site, tuple(builder.rows.values()), drops.get(builder.site))
-            for builder in sorted(builders.values(), key=lambda b: (b.site.write.order, b.site.read.order))
+            for builder in sorted(builders.values(), key=_place)
         ),
         selectors=tuple(selectors),
         dose_limit=min(dose.limit if dose else math.inf, limits.dose_limit),
@@ -106,6 +115,11 @@ def compile_program(
     )
     _check_limits(program, limits)
     return program
+
+
+def _place(builder: _SiteBuilder) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Sorts sites in the model's order."""
+    return builder.site.write.order, builder.site.read.order
 
 
 def _require(steering: Steering, capabilities: Capabilities) -> None:
@@ -180,7 +194,7 @@ def _resolve(
 def _selectors(builders: dict[Site, _SiteBuilder], bos_token_id: int | None) -> dict[Selector, int]:
     """Numbers the selectors of the edits that were not overridden, and gives each row its own."""
     selectors: dict[Selector, int] = {}
-    for builder in builders.values():
+    for builder in sorted(builders.values(), key=_place):
         for key, edit in builder.edits.items():
             number = selectors.setdefault(_selector(edit, bos_token_id), len(selectors))
             builder.rows[key] = replace(builder.rows[key], selector=number)
@@ -207,7 +221,13 @@ def _selector(edit: _Edit, bos_token_id: int | None) -> Selector:
 
 def _positions(positions: Positions) -> tuple[Phase, tuple[tuple[int, int], ...]]:
     if isinstance(positions, Ranges):
-        return Phase.RANGES, tuple(sorted({(start, end) for start, end in positions.ranges}))
+        merged: list[tuple[int, int]] = []
+        for start, end in sorted((start, end) for start, end in positions.ranges):
+            if merged and start <= merged[-1][1]:
+                merged[-1] = merged[-1][0], max(end, merged[-1][1])
+            else:
+                merged.append((start, end))
+        return Phase.RANGES, tuple(merged)
     return Phase(positions), ()
 
 

@@ -14,7 +14,7 @@
     ├── BodyTooLarge                 413
     ├── Busy                         429  come back later (``retry_after`` seconds)
     ├── RunFailed                    500  a running request was ended, never answered unsteered
-    │   ├── DoseExceeded                  the dose limit was passed and ``on_dose`` is "fail"
+    │   ├── DoseExceeded         422      the dose limit was passed and ``on_dose`` is "fail"
     │   └── NonFinite                     the model or the edit produced a value that is not finite
     ├── EngineDown                   503  the engine has stopped; nothing can be answered
     └── StartError                   500  the server refuses to start
@@ -147,9 +147,10 @@ class RunFailed(SteerError):
 
 
 class DoseExceeded(RunFailed):
-    """The dose limit was passed and ``on_dose`` is ``fail``."""
+    """The dose limit was passed and ``on_dose`` is ``fail``, as the request asked: asking again is no use."""
 
     code = "dose_exceeded"
+    status = 422
 
 
 class NonFinite(RunFailed):

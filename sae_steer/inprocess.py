@@ -1,5 +1,6 @@
 """Steering in the same process: ``with sae_steer.attach(model, saes=...) as steer``, for notebooks and scripts."""
 
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,6 +114,8 @@ class Steer:
             raise Unsupported("This attachment is closed, and would steer nothing. Attach again.")
         if self._inside:
             raise Unsupported("One block of rows inside another: give all rows to one block.")
+        if not requests:
+            raise Unsupported("There are no rows to steer.")
         programs = [self.compile(request) for request in requests]
         self._inside = True
         held: list[Program] = []
@@ -120,6 +123,8 @@ class Steer:
             rows = Rows(self.runtime, programs, prompt_lengths, self._hold(programs, held))
             before = self.model.register_forward_pre_hook(rows.begin, with_kwargs=True)
             after = self.model.register_forward_hook(rows.end)
+            inner = self.model.base_model
+            within = inner.register_forward_pre_hook(rows.begin_inner) if inner is not self.model else None
             # A pass without a cache looks the same whether it goes on with a generation or starts the next one.
             own = vars(self.model).get("generate")
             generate = cast(Callable[..., Any], self.model.generate)
@@ -138,6 +143,8 @@ class Steer:
                     vars(self.model)["generate"] = own
                 before.remove()
                 after.remove()
+                if within is not None:
+                    within.remove()
                 self.runtime.drop_step()  # of a pass that broke off
         finally:
             self._inside = False
@@ -189,6 +196,12 @@ class Rows:
         self._slots = slots
         self._runs: list[Run | None] = []
         self._length = -1
+        self._laid_out = False
+
+    def begin_inner(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the model without its head; raises :class:`Unsupported` for a call of its own."""
+        if not self._laid_out:
+            raise Unsupported("Inside steer.rows, call the model that was attached, not the one inside it.")
 
     def reports(self) -> list[dict[str, Any] | None]:
         """The ``applied`` block of each row of the batch; None for rows that are not steered."""
@@ -204,7 +217,10 @@ class Rows:
         Raises:
             Unsupported: The batch is laid out in a way whose positions cannot be told.
         """
-        tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else (args[0] if args else None)
+        kwargs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        kwargs |= kwargs.pop("kwargs", {})
+        self._laid_out = True
+        tokens = kwargs.get("input_ids")
         embeds = kwargs.get("inputs_embeds")
         ids: NDArray[np.int64]
         if tokens is not None:
@@ -225,6 +241,7 @@ class Rows:
     def end(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Forward hook of the model: gathers what happened; raises a row's failure."""
         self._runtime.end_step()
+        self._laid_out = False
         for run in self._runs:
             if run is not None and run.failure is not None:
                 raise run.failure

@@ -75,8 +75,9 @@ class SiteTally:
         self.fired += changed.sum(axis=0)
         self.before += np.where(held, f, 0).sum(axis=0)
         self.after += np.where(held, g, 0).sum(axis=0)
-        self.dose_sum += float(dose[new].sum())
-        self.dose_max = max(self.dose_max, float(dose[new].max()))
+        told = dose[new & np.isfinite(dose)]  # a token of length zero has no dose
+        self.dose_sum += float(told.sum())
+        self.dose_max = max(self.dose_max, float(told.max(initial=0.0)))
         self.limited += int(((flags[new] & Flag.OVER_DOSE) != 0).sum())
         return int(changed.sum())
 
@@ -95,11 +96,18 @@ class Run:
         self.slot = slot
         self.prompt_length = prompt_length
         self.failure: RunFailed | None = None
+        self._touched = 0
+        self._seen = -1
         self._tallies = {part.site: SiteTally(part) for part in program.sites}
 
     def tally(self, site: Site) -> SiteTally | None:
         """The sums at one site; None where the program does nothing there."""
         return self._tallies.get(site)
+
+    def touch(self, positions: NDArray[np.int64], touched: NDArray[np.bool_]) -> None:
+        """Counts the positions that were touched at any site; one that is computed again counts once."""
+        self._touched += int((touched & (positions > self._seen)).sum())
+        self._seen = max(self._seen, int(positions.max()))
 
     def judge(self, site: Site, flags: NDArray[np.int32], dose: NDArray[np.float32]) -> None:
         """Decides from a step's ``flags [t]`` and ``dose [t]`` whether the request must end with an error."""
@@ -115,11 +123,11 @@ class Run:
                 f"{self.program.dose_limit:g}. Lower the values, raise 'dose.limit', or set 'on_dose' to 'scale'."
             )
 
-    def report(self, name_of: Callable[[str], str]) -> dict[str, Any]:
+    def report(self, name_of: Callable[[Site, str], str]) -> dict[str, Any]:
         """The ``applied`` block of an answer.
 
         Args:
-            name_of: From an SAE's or a vector's fingerprint to its name in the catalog.
+            name_of: From a site and an SAE's or a vector's fingerprint to its name in the catalog.
         """
         tallies = [tally for tally in self._tallies.values() if tally.tokens]
         features = [entry for tally in self._tallies.values() for entry in _features(tally, name_of)]
@@ -127,7 +135,7 @@ class Run:
         return {
             "sites": [str(site) for site in self._tallies],
             "features": features,
-            "tokens": max((tally.tokens for tally in tallies), default=0),
+            "tokens": self._touched,
             "fired": sum(int(tally.fired.sum()) for tally in tallies),
             "dose": {
                 "max": max((tally.dose_max for tally in tallies), default=0.0),
@@ -137,7 +145,7 @@ class Run:
         }
 
 
-def _features(tally: SiteTally, name_of: Callable[[str], str]) -> list[dict[str, Any]]:
+def _features(tally: SiteTally, name_of: Callable[[Site, str], str]) -> list[dict[str, Any]]:
     """One entry for each edited feature: tokens it was edited on, how often it changed, and its means there."""
     entries: list[dict[str, Any]] = []
     for i, row in enumerate(tally.part.rows):
@@ -146,9 +154,9 @@ def _features(tally: SiteTally, name_of: Callable[[str], str]) -> list[dict[str,
         tokens = int(tally.held[i])
         named: dict[str, Any] = {"site": str(tally.part.site)}
         if row.feature >= 0:
-            named |= {"sae": name_of(row.source), "feature": row.feature}
+            named |= {"sae": name_of(tally.part.site, row.source), "feature": row.feature}
         else:
-            named |= {"vector": name_of(row.source)}
+            named |= {"vector": name_of(tally.part.site, row.source)}
         entries.append(
             named
             | {

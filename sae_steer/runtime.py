@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Self
 
 import numpy as np
@@ -58,9 +59,6 @@ class Runtime:
         self._lock = threading.Lock()
         self._step = StepMap(len(buckets), model.device)
         self._layers = {site: EditLayer(self._tables(model, site, buckets), self._step) for site in self.sites}
-        self._names = {entry.sae.fingerprint: name for name, entry in catalog.saes.items()} | {
-            vector.fingerprint: name for name, vector in catalog.vectors.items()
-        }
         self._handles: list[RemovableHandle] = []
 
     @classmethod
@@ -175,7 +173,13 @@ class Runtime:
 
     def report(self, run: Run) -> dict[str, Any]:
         """The ``applied`` block of a run."""
-        return run.report(lambda fingerprint: self._names[fingerprint])
+        return run.report(self._name_of)
+
+    def _name_of(self, site: Site, fingerprint: str) -> str:
+        """What requests call an SAE at a site, or a vector: the first of its names."""
+        saes = (n for n, e in self.catalog.saes.items() if e.site == site and e.sae.fingerprint == fingerprint)
+        vectors = (n for n, vector in self.catalog.vectors.items() if vector.fingerprint == fingerprint)
+        return next(chain(saes, vectors))
 
     def begin_step(self, spans: Sequence[Span]) -> None:
         """Lays out the next forward pass: ``spans`` in the order of its flattened tokens."""
@@ -211,6 +215,8 @@ class Runtime:
                     edits += tally.add(p.positions, p.bits, before[cut], after[cut], dose[cut], flags[cut])
                     p.run.judge(site, flags[cut], dose[cut])
                     touched[cut] |= flags[cut] != 0
+        for p in placed:
+            p.run.touch(p.positions, touched[p.first : p.first + p.positions.size])
         programs = len({p.run.program.digest for p in placed})
         summary = StepSummary(int(touched.sum()), edits, programs)
         self.drop_step()

@@ -16,9 +16,8 @@ MAX_INTERVENTIONS = 256
 MAX_FEATURES = 16384
 MAX_RANGES = 64
 
-Name = Annotated[
-    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}$", description="A name in the server's catalog.")
-]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN, description="A name in the server's catalog.")]
 FeatureId = Annotated[int, Field(ge=0, lt=2**31, description="Number of a feature in its SAE, from 0.")]
 PositionIndex = Annotated[int, Field(ge=0, lt=2**31)]
 # Bounded so that no product of two of them overflows float32 before the dose limit sees it.

@@ -25,6 +25,8 @@ class FileSae:
     Args:
         weights: The dictionary, as views of ``tensors``.
         tensors: The file's tensors under their own names.
+        file: The weights file.
+        identity: What it was when it was opened; see :func:`identity_of`.
     """
 
     spec: SaeSpec
@@ -32,6 +34,8 @@ class FileSae:
     fingerprint: str
     weights: Weights
     tensors: Mapping[str, Tensor]
+    file: Path
+    identity: tuple[int, int, int] | None
 
     def rows(self, ids: Sequence[int]) -> FeatureRows:
         """Canonical rows; raises :class:`UnknownFeature` and, for weights that are not finite, CheckpointError."""
@@ -39,6 +43,13 @@ class FileSae:
         unknown = next((feature for feature in ids if not 0 <= feature < count), None)
         if unknown is not None:
             raise UnknownFeature(f"There is no feature {unknown}: this dictionary has features 0 to {count - 1}.")
+        now = identity_of(self.file)
+        # Replaced by rename, the mapped file is still whole; changed in place, it is not what was fingerprinted.
+        if now is not None and self.identity is not None and now[0] == self.identity[0] and now != self.identity:
+            raise CheckpointError(
+                f"{self.file} was changed while it was in use, so its fingerprint is no longer true. Restart; to "
+                "replace a dictionary, write a new file and rename it into place."
+            )
         rows = self.weights.rows(torch.tensor(ids, dtype=torch.int64))
         for name in ("enc", "dec", "bias", "theta", "mag_scale", "mag_bias", "enc_sum"):
             values: Tensor = getattr(rows, name)
@@ -61,6 +72,15 @@ class FileSae:
     def raw(self) -> Mapping[str, Tensor]:
         """Copies of all tensors as float64."""
         return {name: tensor.double().clone() for name, tensor in self.tensors.items()}
+
+
+def identity_of(file: Path) -> tuple[int, int, int] | None:
+    """Inode, size and time of change of a file; None where it is gone."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, object]:

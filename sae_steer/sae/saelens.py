@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sae_steer.errors import CheckpointError, UnsupportedCheckpoint
-from sae_steer.sae.files import FileSae, fingerprint, map_safetensors, read_json
+from sae_steer.sae.files import FileSae, fingerprint, identity_of, map_safetensors, read_json
 from sae_steer.sae.record import DECODER_NORM_UNITS, Activation, SaeSpec
 from sae_steer.sae.registry import Family
 from sae_steer.sae.saelens_config import FAMILY_NAME, parse_config
@@ -37,6 +37,7 @@ def open_folder(folder: Path) -> FileSae:
     """Opens a SAELens folder; raises :class:`CheckpointError` or one of its subclasses."""
     spec = parse_config(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
     path = folder / WEIGHTS_FILE
+    identity = identity_of(path)  # before anything of it is read
     tensors = map_safetensors(path)
     _check_shapes(tensors, spec, path)
     theta, notes = _threshold(tensors, spec, path)
@@ -57,7 +58,7 @@ def open_folder(folder: Path) -> FileSae:
         b_mag=tensors["b_mag"] if gated else None,
         decoder_norm_units=spec.value_convention == DECODER_NORM_UNITS,
     )
-    return FileSae(spec, folder, fingerprint(path, spec), weights, tensors)
+    return FileSae(spec, folder, fingerprint(path, spec), weights, tensors, path, identity)
 
 
 FAMILY = Family(FAMILY_NAME, f"{CONFIG_FILE} and {WEIGHTS_FILE}", recognises, open_folder)

@@ -142,6 +142,8 @@ def serve(
 ) -> None:
     """See ``_SERVE_HELP``."""
     try:
+        if not all(served_model_name or ["-"]):
+            raise StartError("--served-model-name: a name has at least one character.")
         settings = Settings(
             model=model,
             saes=tuple(SaeSource.parse(text) for text in sae or ()),

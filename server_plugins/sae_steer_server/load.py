@@ -1,5 +1,6 @@
 """From settings to a loaded server. Whatever does not fit refuses the start, in words."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import structlog
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from sae_steer import embedded
 from sae_steer.catalog import Catalog, CatalogSae, Vector
@@ -106,6 +108,8 @@ def load_catalog(settings: Settings) -> Catalog:
         sae = open_sae(source.location, revision=source.revision)
         saes.append(CatalogSae.make(source.name, sae, site=source.site, whole=source.name in settings.whole))
     vectors = [Vector.load(source.name, source.path) for source in settings.vectors]
+    if settings.profiles is not None and not settings.profiles.is_dir():
+        raise StartError(f"--profiles {settings.profiles} is not a folder. Make it first, or mend the path.")
     # What is installed is not a server's to change.
     writable = settings.profiles != embedded.PROFILES
     return Catalog(saes, vectors, settings.profiles, writable=writable)
@@ -116,6 +120,9 @@ def load_model(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizer
     device = torch.device(_device(settings.device))
     _log.info("loading the model", model=settings.model, dtype=settings.dtype, device=str(device))
     dtype: str | torch.dtype = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    if not sys.stderr.isatty():
+        # For people; a log has lines of our own.
+        disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.model, **_NEVER)
         model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype, use_safetensors=True, **_NEVER)
@@ -139,6 +146,8 @@ def _device(name: str) -> str:
         kind = torch.device(name).type
     except RuntimeError:
         raise StartError(f"--device {name!r} is not a device. Write cpu, cuda or cuda:N.") from None
+    if kind not in ("cpu", "cuda", "mps", "xpu"):
+        raise StartError(f"--device {name!r}: a model cannot run there. Write cpu, cuda or cuda:N.")
     if kind == "cuda" and not torch.cuda.is_available():
         raise StartError(f"--device {name}: this machine or this build of torch has no CUDA. Use --device cpu.")
     return name

@@ -103,6 +103,10 @@ def configure(level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    # transformers' batching brings a handler of its own, which writes plain text between our lines.
+    batching = logging.getLogger("ContinuousBatchingLogger")
+    batching.handlers.clear()
+    batching.propagate = True
     for chatty in ("httpx", "httpcore", "urllib3", "filelock", "asyncio"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
     logging.captureWarnings(True)

@@ -74,7 +74,7 @@ def test_a_profile_is_replaced_as_a_whole_or_not_at_all(store: ProfileStore, mon
         raise OSError("the disk is full")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk is full"):
+    with pytest.raises(Forbidden, match="calm"):
         store.put(profile(description="new"))
     monkeypatch.undo()
     assert store.get("calm").description == "old"

@@ -223,6 +223,20 @@ def test_the_lower_of_two_dose_limits_holds(asked: float | None, held: float, li
     assert compiled.on_dose == ("scale" if asked is not None else "fail")
 
 
+def test_dropping_the_error_of_nothing_is_refused(catalog: Catalog) -> None:
+    assert refused({"error": "drop"}, catalog).param == "steering.error"
+
+
+def test_the_order_of_what_is_asked_and_how_ranges_are_cut_make_no_difference(catalog: Catalog) -> None:
+    one = edit(features=[2], positions={"ranges": [[0, 4], [4, 8]]}, when={"sae": "r1", "feature": 9, "above": 1})
+    same = edit(features=[2], positions={"ranges": [[2, 8], [0, 3]]}, when={"sae": "r1", "feature": 9, "above": 1})
+    two = edit(sae="r0", features=[5, 3], value=[1.0, 2.0])
+    turned = edit(sae="r0", features=[3, 5], value=[2.0, 1.0])
+    first, second = (compile_doc(steering(*edits), catalog) for edits in ((one, two), (turned, same)))
+    assert first is not None
+    assert first == second
+
+
 def test_a_dose_beyond_the_servers_is_refused_rather_than_lowered(catalog: Catalog) -> None:
     document = steering(edit(), dose={"limit": 0.6, "on_dose": "scale"})
     error = refused(document, catalog, limits=Limits(dose_limit=0.5))
@@ -273,7 +287,7 @@ def test_a_profile_that_goes_away_meanwhile_is_refused(catalog: Catalog, monkeyp
 # ------------------------------------------------------------------------------------------- what is compiled
 
 
-@pytest.mark.parametrize("document", [{}, steering(), {"dose": {"limit": 1.0}}, {"override": True}, {"error": "drop"}])
+@pytest.mark.parametrize("document", [{}, steering(), {"dose": {"limit": 1.0}}, {"override": True}])
 def test_nothing_asked_is_no_program(document: Json, catalog: Catalog) -> None:
     assert compile_doc(document, catalog) is None
 

@@ -102,7 +102,8 @@ def test_the_block_of_an_answer() -> None:
     tally = run.tally(SITE)
     assert tally is not None
     Kernel(6).add(tally, np.arange(6))
-    report = run.report({"sha256:a": "res", "sha256:v": "honest"}.__getitem__)
+    run.touch(np.arange(6), np.ones(6, dtype=np.bool_))
+    report = run.report(lambda _, fingerprint: {"sha256:a": "res", "sha256:v": "honest"}[fingerprint])
     assert report == {
         "sites": ["resid_post.1"],
         "features": [
@@ -133,7 +134,7 @@ def test_the_block_of_an_answer() -> None:
 
 
 def test_a_run_that_touched_nothing_says_so() -> None:
-    report = make_run().report(lambda fingerprint: fingerprint)
+    report = make_run().report(lambda _, fingerprint: fingerprint)
     assert report["tokens"] == report["fired"] == 0
     assert report["dose"] == {"max": 0.0, "mean": 0.0, "limited": 0}
     assert [entry["tokens"] for entry in report["features"]] == [0, 0]
@@ -147,9 +148,22 @@ def test_tokens_are_counted_once_over_several_sites() -> None:
         tally = run.tally(site)
         assert tally is not None
         Kernel(6).add(tally, np.arange(6))
-    report = run.report(lambda fingerprint: fingerprint)
+    run.touch(np.arange(6), np.ones(6, dtype=np.bool_))
+    run.touch(np.arange(3, 6), np.ones(3, dtype=np.bool_))  # computed again after a preemption
+    report = run.report(lambda _, fingerprint: fingerprint)
     assert (report["tokens"], report["fired"], report["dose"]["limited"]) == (6, 18, 2)
     assert run.tally(Site.parse("resid_pre.0")) is None
+
+
+def test_a_token_of_length_zero_has_no_dose_to_tell() -> None:
+    run = make_run()
+    tally = run.tally(SITE)
+    assert tally is not None
+    kernel = Kernel(6)
+    kernel.dose[2] = np.inf
+    kernel.add(tally, np.arange(6))
+    dose = run.report(lambda _, fingerprint: fingerprint)["dose"]
+    assert np.isfinite([dose["max"], dose["mean"]]).all()
 
 
 # ------------------------------------------------------------------------------------------- failures

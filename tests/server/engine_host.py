@@ -1,6 +1,7 @@
 """A tiny random model with a byte-level tokenizer behind a real engine and a real runtime, for tests of the engine."""
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -86,6 +87,11 @@ class Answer:
         return self.chunks[-1].finish_reason
 
 
+def prompts(count: int, longest: int = 100) -> list[list[int]]:
+    choice = random.Random(count)
+    return [[256, *(choice.randrange(256) for _ in range(choice.randrange(longest)))] for _ in range(count)]
+
+
 def greedy(max_tokens: int, **changes: Any) -> Sampling:
     return Sampling(max_tokens, 0.0, 1.0, 0, **({"logprobs": 0} | changes))
 
@@ -114,7 +120,7 @@ class Host:
     runtime: Runtime
     catalog: Catalog
 
-    def program(self, value: float, positions: str = "all", **changes: Any) -> Program:
+    def program(self, value: float, positions: Any = "all", **changes: Any) -> Program:
         """A program that adds the catalog's vector."""
         edit = {"site": SITE, "vector": "push", "op": "add", "value": value, "positions": positions}
         steering = parse_steering({"interventions": [edit], **changes})

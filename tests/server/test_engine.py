@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,12 @@ from tests.server.engine_host import (
     ask,
     ask_all,
     greedy,
+    prompts,
     sampled,
     serving,
     tiny_model,
     tiny_tokenizer,
 )
-
-
-def prompts(count: int, longest: int = 100) -> list[list[int]]:
-    choice = random.Random(count)
-    return [[256, *(choice.randrange(256) for _ in range(choice.randrange(longest)))] for _ in range(count)]
 
 
 @torch.no_grad()

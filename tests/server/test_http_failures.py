@@ -34,7 +34,7 @@ def events(text: str) -> list[str]:
 def test_an_overdose_in_the_prompt_is_a_500(client: httpx.Client, stream: bool) -> None:
     body = {"model": "tiny", "prompt": "ab", "max_tokens": 8, "stream": stream, "steering": overdose(0, 3)}
     reply = client.post("/v1/completions", json=body)
-    assert (reply.status_code, reply.json()["error"]["code"]) == (500, "dose_exceeded")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (422, "dose_exceeded")
 
 
 @pytest.mark.parametrize("n", [1, 2])

@@ -220,6 +220,6 @@ def test_a_profile_that_appears_in_the_folder_is_served(client: httpx.Client, pr
     (folder / "profile.json").write_text(json.dumps(CALM | {"name": "late"}))
     assert complete(client, model="tiny:late")["steering"] == complete(client, model="tiny:calm")["steering"]
     (folder / "profile.json").write_text("{")
-    assert refusal(client, model="tiny:late") == ("model", "invalid_json")
+    assert refusal(client, model="tiny:late") == ("model", "broken_profile")
     (folder / "profile.json").unlink()
     folder.rmdir()

@@ -5,13 +5,16 @@ program could then keep the slot, and whoever waits for it, for ever.
 """
 
 import asyncio
+import logging
 from collections import deque
 from typing import Protocol
 
-from sae_steer.errors import EngineDown, SteerError
+from sae_steer.errors import EngineDown, RunFailed, SteerError
 from sae_steer.program import Program
 from sae_steer.runtime import Runtime
 from sae_steer.slots import Slot
+
+logger = logging.getLogger(__name__)
 
 
 class SlotMetrics(Protocol):
@@ -81,6 +84,11 @@ class Admission:
             slot = self._runtime.acquire(program)
         except SteerError as error:
             future.set_exception(error)
+            return True
+        except (OSError, MemoryError, RuntimeError) as error:
+            # Its rows could not be loaded. Whoever stands behind must not wait for ever for that.
+            logger.exception("a program could not be loaded")
+            future.set_exception(RunFailed(f"The program could not be loaded ({type(error).__name__})."))
             return True
         if slot is None:
             return False

@@ -15,6 +15,7 @@ What it touches beyond ``init_continuous_batching``, ``add_request``, ``cancel_r
   end the engine's thread when it is scheduled.
 * ``cache.update``: each layer's new keys and values, to keep what is not finite from the neighbours.
 * ``scheduler.clear_cancelled_requests``: returns the requests that the scheduler lets go of, between forward passes.
+* ``scheduler.block_new_requests``: stays set for ever where all requests are cancelled after the cache was full.
 * ``manager._generation_thread``: to learn that it ended.
 
 Prefix sharing is off: both ``search_prefix_match`` and ``mark_complete_blocks`` would hand keys and values that were
@@ -133,6 +134,10 @@ class Batch:
             states: list[RequestState] = clear()
             for state in states:
                 self._steps.dropped(state.request_id)
+            if states:
+                # Set when the cache was full, and taken back by the host only where a request ends by itself: with
+                # every running request cancelled, nothing would ever be scheduled again.
+                scheduler.block_new_requests = False
             return states
 
         def update_with_finite(key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from typing import Any, Literal
 
+from pydantic import Field
+
 from sae_steer_server.http.replies import Reply
 
 
@@ -59,6 +61,7 @@ class ProfileEntry(Reply):
     name: str
     description: str
     interventions: int
+    error: str | None = Field(default=None, description="Why it cannot be used, where it cannot.")
 
 
 class ProfileList(Reply):

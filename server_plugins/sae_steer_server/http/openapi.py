@@ -24,6 +24,7 @@ _DESCRIPTIONS = {
     403: "A foreign Host or Origin, or something that is switched off.",
     404: "There is no such thing.",
     413: "The body is too large.",
+    422: "The dose limit was passed, and `on_dose` is `fail`.",
     429: "The server is full; try again after `Retry-After` seconds.",
     500: "The request failed. It was not answered otherwise than asked.",
     503: "The engine has stopped.",
@@ -37,7 +38,7 @@ def errors(*statuses: int) -> Responses:
     }
 
 
-GENERATION_ERRORS = errors(400, 401, 404, 413, 429, 503)
+GENERATION_ERRORS = errors(400, 401, 404, 413, 422, 429, 503)
 
 
 def stream_or_json(whole: type[BaseModel], event: type[BaseModel]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
+from sae_steer.catalog import Catalog
 from sae_steer.errors import Forbidden, RequestError, Unauthorized
 from sae_steer.schema import Profile, parse_profile, steering_json_schema
 from sae_steer_server.http.bodies import read_json
@@ -116,9 +117,16 @@ ProfileName = Annotated[str, Path(max_length=128)]
 async def profiles(request: Request) -> Response:
     """The stored profiles."""
     catalog = state_of(request).catalog
-    stored = [catalog.profile(name) for name in catalog.profile_names()]
-    entries = [ProfileEntry(name=p.name, description=p.description, interventions=len(p.interventions)) for p in stored]
-    return _json(ProfileList(data=entries))
+    return _json(ProfileList(data=[_entry(catalog, name) for name in catalog.profile_names()]))
+
+
+def _entry(catalog: Catalog, name: str) -> ProfileEntry:
+    """A profile in the list; one that is broken hides no other."""
+    try:
+        profile = catalog.profile(name)
+    except RequestError as error:
+        return ProfileEntry(name=name, description="", interventions=0, error=error.message)
+    return ProfileEntry(name=name, description=profile.description, interventions=len(profile.interventions))
 
 
 @router.get("/profiles/{name}", responses={200: {"model": Profile}, **errors(400, 401, 404)})

@@ -24,12 +24,20 @@ def model_ids(state: ServerState) -> Iterator[str]:
 def profile_of(state: ServerState, model: str) -> str | None:
     """The profile that a model's name means, or None for the model itself; raises :class:`ModelNotFound`."""
     names = state.settings.model_names
-    if model in names:
-        return None
     # Matched against the list, never taken apart: a model's own name may hold a colon.
-    for profile in state.catalog.profile_names():
-        if any(model == f"{name}:{profile}" for name in names):
-            return profile
+    meant = [p for p in state.catalog.profile_names() if any(model == f"{name}:{p}" for name in names)]
+    if model in names and not meant:
+        return None
+    if len(meant) == 1 and model not in names:
+        return meant[0]
+    if meant:
+        # A profile that came into the folder after the start: neither reading is what the other one asks for.
+        raise RequestError(
+            f"model: {model!r} is the name of more than one thing here: {', '.join(meant)}. Rename the profile, or "
+            "send it in steering.profiles.",
+            param="model",
+            code="ambiguous_model",
+        )
     raise ModelNotFound(f"There is no model {model!r}. GET /v1/models lists those there are.", param="model")
 
 
@@ -77,6 +85,9 @@ def _compile(state: ServerState, steering: Steering) -> Program | None:
 
 def check_profile(state: ServerState, profile: Profile) -> None:
     """Compiles a profile that is not stored yet; raises :class:`RequestError` with a path into the profile."""
+    taken = _taken(state, profile.name)
+    if taken is not None:
+        raise RequestError(f"name: the model {taken!r} is served already.", param="name", code="ambiguous_model")
     for name, fingerprint in profile.saes.items():
         have = state.catalog.sae(name, param=f"saes.{name}").sae.fingerprint
         if have != fingerprint:
@@ -93,11 +104,16 @@ def check_profile(state: ServerState, profile: Profile) -> None:
         raise
 
 
+def _taken(state: ServerState, profile: str) -> str | None:
+    """The served model, if there is one, whose name a profile's model would have."""
+    names = state.settings.model_names
+    return next((name for name in names if name in [f"{base}:{profile}" for base in names]), None)
+
+
 def check_profiles(state: ServerState) -> None:
     """Refuses the start over a stored profile that could not be used, or whose model name is taken."""
-    names = state.settings.model_names
     for profile in state.catalog.profile_names():
-        taken = next((name for name in names if name in [f"{base}:{profile}" for base in names]), None)
+        taken = _taken(state, profile)
         if taken is not None:
             raise StartError(f"Profile {profile!r} would be the model {taken!r}, which is served already. Rename one.")
         try:
