@@ -96,6 +96,10 @@ def test_keys_are_not_shown(base_settings: Settings) -> None:
         (["--site", "nowhere.1"], "nowhere.1"),
         (["--host", "256.0.0.1"], "Cannot bind 256.0.0.1"),
         (["--port", "TAKEN"], "Cannot bind 127.0.0.1"),
+        (["--device", "meta"], "--device 'meta'"),
+        (["--profiles", "./no-such-folder"], "--profiles no-such-folder is not a folder"),
+        (["--served-model-name", ""], "at least one character"),
+        (["--features", "8", "--wide-features", "8"], "wider"),
         ([], "./nothing-here"),
     ],
 )

@@ -223,3 +223,33 @@ def test_a_profile_that_appears_in_the_folder_is_served(client: httpx.Client, pr
     assert refusal(client, model="tiny:late") == ("model", "broken_profile")
     (folder / "profile.json").unlink()
     folder.rmdir()
+
+
+def test_a_profile_never_hides_behind_a_served_name(serve: Serve, tmp_path: Path) -> None:
+    names = ("tiny", "tiny:calm")
+    edit = {"site": "resid_post.1", "vector": "honest", "op": "add", "value": 1.0}
+    body = {"name": "calm", "interventions": [edit]}
+    with (
+        serve(served_names=names, profiles=tmp_path, admin_key="admin sesame") as running,
+        running.http(headers={"X-Steering-Admin-Key": "admin sesame"}) as client,
+    ):
+        refused = client.put("/v1/steering/profiles/calm", json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "ambiguous_model")
+        (tmp_path / "calm").mkdir()
+        (tmp_path / "calm" / "profile.json").write_text(json.dumps(body))
+        asked = client.post("/v1/completions", json={"model": "tiny:calm", "prompt": "a", "max_tokens": 1})
+        assert (asked.status_code, asked.json()["error"]["code"]) == (400, "ambiguous_model")
+
+
+def test_a_broken_profile_hides_no_other(serve: Serve, tmp_path: Path) -> None:
+    edit = {"site": "resid_post.1", "vector": "honest", "op": "add", "value": 1.0}
+    with serve(profiles=tmp_path) as running, running.http() as client:
+        for name, text in (("good", json.dumps({"name": "good", "interventions": [edit]})), ("odd", "{")):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "profile.json").write_text(text)
+        (tmp_path / "no name").mkdir()
+        (tmp_path / "no name" / "profile.json").write_text("{}")
+        entries = {entry["name"]: entry for entry in client.get("/v1/steering/profiles").json()["data"]}
+        assert entries.keys() == {"good", "odd"}
+        assert entries["good"]["interventions"] == 1
+        assert "'odd' is broken" in entries["odd"]["error"]
