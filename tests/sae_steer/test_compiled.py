@@ -3,11 +3,11 @@
 import torch
 from torch._dynamo.utils import counters
 from torch.nn import Module
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import sae_steer
 from sae_steer.inprocess import Steer
 from sae_steer.step import Span
+from tests.sae_steer.helpers import HIDDEN, tiny_model
 
 TOKENS = 7
 EDITS = [
@@ -33,17 +33,11 @@ def steered_logits(steer: Steer, forward: Module, ids: torch.Tensor) -> torch.Te
 
 @torch.no_grad()
 def test_one_full_graph_serves_idle_and_steered_passes() -> None:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-    )
-    model = LlamaForCausalLM(config).eval()
-    ids = torch.randint(0, 64, (1, TOKENS))
-    with sae_steer.attach(model, {}, vectors={"v": torch.randn(32)}, sites=["resid_post.0", "resid_mid.1"]) as steer:
+    model = tiny_model("llama")
+    ids = torch.randint(0, model.config.vocab_size, (1, TOKENS))
+    with sae_steer.attach(
+        model, {}, vectors={"v": torch.randn(HIDDEN)}, sites=["resid_post.0", "resid_mid.1"]
+    ) as steer:
         plain = model(input_ids=ids, use_cache=False).logits
         torch.compiler.reset()
         counters.clear()

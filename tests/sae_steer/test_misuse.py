@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
 import sae_steer
 from sae_steer.errors import CheckpointError, Forbidden, Unsupported
@@ -13,33 +13,24 @@ from sae_steer.inprocess import Steer
 from sae_steer.sae import open_sae
 from sae_steer.schema import parse_profile
 from tests.sae_files import write_saelens
+from tests.sae_steer.helpers import HIDDEN, tiny_model
 
-WIDTH = 32
 PUSH = {"interventions": [{"site": "resid_post.0", "vector": "v", "op": "add", "value": 3.0}]}
 
 
 @pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=WIDTH,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-    )
-    return LlamaForCausalLM(config).eval()
+def model() -> PreTrainedModel:
+    return tiny_model("llama")
 
 
 @pytest.fixture
-def steer(model: LlamaForCausalLM) -> Iterator[Steer]:
-    with sae_steer.attach(model, {}, vectors={"v": torch.ones(WIDTH)}, sites=["resid_post.0"]) as attached:
+def steer(model: PreTrainedModel) -> Iterator[Steer]:
+    with sae_steer.attach(model, {}, vectors={"v": torch.ones(HIDDEN)}, sites=["resid_post.0"]) as attached:
         yield attached
 
 
 @torch.no_grad()
-def test_a_mask_given_by_position_counts(steer: Steer, model: LlamaForCausalLM) -> None:
+def test_a_mask_given_by_position_counts(steer: Steer, model: PreTrainedModel) -> None:
     ids = torch.tensor([[0, 0, 5, 6, 7, 8]])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
     tokens = []
@@ -51,7 +42,7 @@ def test_a_mask_given_by_position_counts(steer: Steer, model: LlamaForCausalLM) 
 
 
 @torch.no_grad()
-def test_the_model_inside_is_not_steered_in_silence(steer: Steer, model: LlamaForCausalLM) -> None:
+def test_the_model_inside_is_not_steered_in_silence(steer: Steer, model: PreTrainedModel) -> None:
     with pytest.raises(Unsupported, match="the model that was attached"), steer.rows([PUSH]):
         model.model(input_ids=torch.tensor([[1, 2]]))
     model.model(input_ids=torch.tensor([[1, 2]]))  # outside it is nobody's business
@@ -63,8 +54,8 @@ def test_no_rows_are_refused(steer: Steer) -> None:
 
 
 @torch.no_grad()
-def test_reports_use_the_name_at_the_site(model: LlamaForCausalLM, tmp_path: Path) -> None:
-    write_saelens(tmp_path, d_in=WIDTH, n_features=8, hook_name="blocks.0.hook_resid_post")
+def test_reports_use_the_name_at_the_site(model: PreTrainedModel, tmp_path: Path) -> None:
+    write_saelens(tmp_path, d_in=HIDDEN, n_features=8, hook_name="blocks.0.hook_resid_post")
     saes = {"first": open_sae(tmp_path), "again": open_sae(tmp_path)}
     edit = {"sae": "first", "features": [1], "op": "clamp", "value": 2.0}
     with sae_steer.attach(model, saes) as steer, steer.rows([{"interventions": [edit]}]) as rows:
@@ -73,8 +64,8 @@ def test_reports_use_the_name_at_the_site(model: LlamaForCausalLM, tmp_path: Pat
 
 
 def test_a_dictionary_changed_in_place_is_refused(tmp_path: Path) -> None:
-    write_saelens(tmp_path / "a", d_in=WIDTH, n_features=8, seed=1)
-    write_saelens(tmp_path / "b", d_in=WIDTH, n_features=8, seed=2)
+    write_saelens(tmp_path / "a", d_in=HIDDEN, n_features=8, seed=1)
+    write_saelens(tmp_path / "b", d_in=HIDDEN, n_features=8, seed=2)
     sae = open_sae(tmp_path / "a")
     before = sae.rows([3]).enc
     file = tmp_path / "a" / "sae_weights.safetensors"
@@ -89,7 +80,7 @@ def test_a_dictionary_changed_in_place_is_refused(tmp_path: Path) -> None:
         changed.rows([3])
 
 
-def test_a_profile_is_never_a_link(tmp_path: Path, model: LlamaForCausalLM) -> None:
+def test_a_profile_is_never_a_link(tmp_path: Path, model: PreTrainedModel) -> None:
     folder, elsewhere = tmp_path / "profiles", tmp_path / "elsewhere"
     folder.mkdir()
     elsewhere.mkdir()
@@ -98,7 +89,7 @@ def test_a_profile_is_never_a_link(tmp_path: Path, model: LlamaForCausalLM) -> N
     (folder / "calm").symlink_to(elsewhere)
     (folder / "file").write_text("in the way")
     with sae_steer.attach(
-        model, {}, vectors={"v": torch.ones(WIDTH)}, sites=["resid_post.0"], profiles=folder
+        model, {}, vectors={"v": torch.ones(HIDDEN)}, sites=["resid_post.0"], profiles=folder
     ) as steer:
         assert steer.catalog.profile_names() == []
         for name in ("calm", "file"):
