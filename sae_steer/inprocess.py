@@ -202,6 +202,7 @@ class Rows:
         """Forward pre-hook of the model without its head; raises :class:`Unsupported` for a call of its own."""
         if not self._laid_out:
             raise Unsupported("Inside steer.rows, call the model that was attached, not the one inside it.")
+        self._laid_out = False  # for this pass alone, also where it breaks off
 
     def reports(self) -> list[dict[str, Any] | None]:
         """The ``applied`` block of each row of the batch; None for rows that are not steered."""
@@ -219,7 +220,6 @@ class Rows:
         """
         kwargs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         kwargs |= kwargs.pop("kwargs", {})
-        self._laid_out = True
         tokens = kwargs.get("input_ids")
         embeds = kwargs.get("inputs_embeds")
         ids: NDArray[np.int64]
@@ -237,11 +237,11 @@ class Rows:
         positions = mask.cumsum(axis=1)[:, -ids.shape[1] :] - 1
         spans = [span for row in range(ids.shape[0]) for span in self._spans(row, ids[row], held[row], positions[row])]
         self._runtime.begin_step(spans)
+        self._laid_out = True
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Forward hook of the model: gathers what happened; raises a row's failure."""
         self._runtime.end_step()
-        self._laid_out = False
         for run in self._runs:
             if run is not None and run.failure is not None:
                 raise run.failure

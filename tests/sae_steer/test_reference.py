@@ -87,9 +87,10 @@ def _requests(real: Real, sae: str, layer: int, other: str) -> dict[str, dict[st
             "dose": {"limit": 0.3, "on_dose": "scale"},
         },
         "a vector": {"interventions": [{"site": f"resid_post.{layer}", "vector": "v", "op": "add", "value": 6.0}]},
-        "a direction removed": {
+        "a projection clamped": {
             "interventions": [{"site": f"resid_post.{layer}", "vector": "v", "op": "clamp", "value": 5.0}]
         },
+        "a direction removed": {"interventions": [{"site": f"resid_post.{layer}", "vector": "v", "op": "ablate"}]},
     }
 
 
@@ -120,7 +121,7 @@ def test_greedy_tokens_equal_the_definition(real: Real, architecture: str) -> No
         if report["fired"] == 0 or completion == plain:
             unchanged.append(name)
     # A case whose edit does nothing shows nothing; the definition itself must differ from the plain answer.
-    assert len(unchanged) <= 4, unchanged
+    assert unchanged == []
 
 
 @pytest.mark.parametrize("wrong", ["value", "position", "feature"])
