@@ -27,7 +27,7 @@ START_SECONDS = 120
 @contextmanager
 def server() -> Iterator[str]:
     """Runs the embedded server; yields its address."""
-    command = [sys.executable, "-m", "sae_steer_server", "serve", "demo", "--port", "0"]
+    command = [sys.executable, "-m", "sae_steer_cli", "serve", "demo", "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Self, TypeVar
@@ -21,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sae_steer.errors import CheckpointError, Forbidden, SchemaError, StartError, UnknownName
+from sae_steer.errors import CheckpointError, Forbidden, SchemaError, SiteError, StartError, UnknownName
 from sae_steer.sae import FeatureLabel, Labels, Sae
 from sae_steer.schema import NAME_PATTERN, Profile, parse_profile
 from sae_steer.sites import Site
@@ -243,6 +244,24 @@ class Catalog:
                 f"There is no vector {name!r}. Vectors: {_known(self.vectors)}.", param=param, code="unknown_vector"
             )
         return self.vectors[name]
+
+    def sites(self, more: Iterable[Site] = ()) -> tuple[Site, ...]:
+        """The places of the SAEs, and ``more`` beside them, in the model's order.
+
+        Raises:
+            SiteError: One of them writes before it reads.
+        """
+        wanted = dict.fromkeys([*(entry.site for entry in self.saes.values()), *more])
+        for site in wanted:
+            if site.write.order < site.read.order:
+                raise SiteError(f"The site {site} writes before it reads. Swap its places.")
+        return tuple(sorted(wanted, key=lambda site: (site.write.order, site.read.order)))
+
+    def name_of(self, site: Site, fingerprint: str) -> str:
+        """What requests call an SAE at a site, or a vector: the first of its names."""
+        saes = (name for name, e in self.saes.items() if e.site == site and e.sae.fingerprint == fingerprint)
+        vectors = (name for name, vector in self.vectors.items() if vector.fingerprint == fingerprint)
+        return next(chain(saes, vectors))
 
     def profile_names(self) -> list[str]:
         """Sorted names of the profiles, as the folder is now."""

@@ -1,13 +1,34 @@
 """The edit at one site: reads the tables and the step's map, calls the ops. Hosts put it into the model."""
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from sae_steer.errors import Unsupported
 from sae_steer.sites import Site
-from sae_steer.step import StepMap
 from sae_steer.tables import SiteTables
 from sae_steer_kernels import EditBuffers, feature_edit, reconstruct, topk_rank
+
+
+class TokenMap(Protocol):
+    """What a layer must know of a step: which slot each token has, and which of its selectors hold."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the buffers hold."""
+        ...
+
+    @property
+    def slots(self) -> tuple[Tensor, ...]:
+        """For each bucket ``[capacity]`` int32; 0 = none."""
+        ...
+
+    @property
+    def bits(self) -> Tensor:
+        """``[capacity]`` int32."""
+        ...
 
 
 class EditLayer:
@@ -16,11 +37,13 @@ class EditLayer:
     Args:
         tables: The site's tables.
         step: The token -> slot map that all sites share.
+        buffers: Where the edits report, one for each bucket, of the step's capacity; None = the layer's own.
     """
 
-    def __init__(self, tables: SiteTables, step: StepMap) -> None:
+    def __init__(self, tables: SiteTables, step: TokenMap, buffers: Sequence[EditBuffers] | None = None) -> None:
         self.tables = tables
         self.step = step
+        self._shared = buffers
         # One flag a bucket, on the CPU: the op reads it without a device synchronisation, and a compiled graph does not
         # bake it in. ``enabled`` is their disjunction, for eager code, where an idle site costs one attribute look-up.
         self.active = tuple(torch.zeros((), dtype=torch.bool) for _ in tables.tables)
@@ -36,7 +59,8 @@ class EditLayer:
         device = self.tables.device
         self.capacity = tokens
         self.buffers = tuple(
-            EditBuffers.empty(tokens=tokens, rows=table.enc.shape[1], device=device) for table in self.tables.tables
+            self._shared
+            or (EditBuffers.empty(tokens=tokens, rows=t.enc.shape[1], device=device) for t in self.tables.tables)
         )
         wholes = self.tables.wholes
         self._base = torch.zeros(tokens, self.tables.width_out, device=device) if wholes else None

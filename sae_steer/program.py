@@ -190,10 +190,33 @@ class Program:
             held |= selector.by_position(positions, prompt_length)
         return held
 
-    def first_touched(self, length: int, prompt_length: int) -> int | None:
-        """First position below ``length`` that the program may touch, or None: where cache blocks begin to differ."""
-        held = self.footprint(np.arange(length), prompt_length)
-        return int(held.argmax()) if held.any() else None
+    def pieces(self, prompt_length: int) -> tuple[tuple[int, int], ...]:
+        """The selectors by position alone, as ``(first position, mask)`` from position 0 on; each differs from the
+        one before it, and the last goes on for ever."""
+        edges = {0}
+        for selector in self.selectors:
+            if selector.phase in (Phase.PROMPT, Phase.COMPLETION):
+                edges.add(max(prompt_length - 1, 0))
+            edges.update(edge for bounds in selector.ranges for edge in bounds)
+        starts = np.array(sorted(edges), dtype=np.int64)
+        masks = np.zeros(starts.shape, dtype=np.int32)
+        for number, selector in enumerate(self.selectors):
+            masks |= selector.by_position(starts, prompt_length).astype(np.int32) << np.int32(number)
+        new = np.append(True, masks[1:] != masks[:-1])
+        return tuple(zip(starts[new].tolist(), masks[new].tolist(), strict=True))
+
+    def by_token(self, vocabulary: int) -> NDArray[np.int32]:
+        """For each token id below ``vocabulary``, the mask of the selectors that its id allows: ``[V]`` int32."""
+        allowed = np.full(vocabulary, (1 << len(self.selectors)) - 1, dtype=np.int32)
+        for number, selector in enumerate(self.selectors):
+            bit = np.int32(1 << number)
+            if selector.token_in is not None:
+                held = np.zeros(vocabulary, dtype=np.bool_)
+                held[[token for token in selector.token_in if token < vocabulary]] = True
+                allowed[~held] &= ~bit
+            if selector.skip_token is not None and selector.skip_token < vocabulary:
+                allowed[selector.skip_token] &= ~bit
+        return allowed
 
     def describe(self) -> dict[str, Any]:
         """What was asked, for people and logs: sites, operations and numbers of features."""
@@ -204,6 +227,32 @@ class Program:
                 for site in self.sites
             },
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What sets the keys and values of a steered request apart from those of others, for hosts that share them.
+
+    Args:
+        digest: Content hash of the program.
+        pieces: :meth:`Program.pieces` of the request's prompt length.
+    """
+
+    digest: str
+    pieces: tuple[tuple[int, int], ...]
+
+    def key(self, start: int, end: int) -> str | None:
+        """The key of positions ``start`` to ``end``; None where no selector holds there by position.
+
+        The selectors are part of the key, and not the program alone: over the same tokens, the same program edits
+        other positions where the prompt ends elsewhere. What follows an edit differs by the keys of what it follows.
+        """
+        here: list[tuple[int, int]] = []
+        stops = [first for first, _ in self.pieces[1:]] + [end]
+        for (first, mask), stop in zip(self.pieces, stops, strict=True):
+            if first < end and stop > start:
+                here.append((max(first, start) - start, mask))
+        return f"{self.digest}@{here}" if any(mask for _, mask in here) else None
 
 
 def _plain(value: object) -> Any:

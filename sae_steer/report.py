@@ -1,6 +1,6 @@
 """What steering did to one request: gathered step by step, told at the end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,17 +111,10 @@ class Run:
 
     def judge(self, site: Site, flags: NDArray[np.int32], dose: NDArray[np.float32]) -> None:
         """Decides from a step's ``flags [t]`` and ``dose [t]`` whether the request must end with an error."""
-        if self.failure is not None:
-            return
-        if (flags & Flag.NON_FINITE).any():
-            self.failure = NonFinite(
-                f"A value at {site} was not finite. The request was ended; others were not touched."
-            )
-        elif self.program.on_dose == "fail" and (flags & Flag.OVER_DOSE).any():
-            self.failure = DoseExceeded(
-                f"The dose at {site} was {float(dose.max()):.3g} of the token's length, beyond the limit of "
-                f"{self.program.dose_limit:g}. Lower the values, raise 'dose.limit', or set 'on_dose' to 'scale'."
-            )
+        if self.failure is None:
+            over = bool((flags & Flag.OVER_DOSE).any())
+            broken = bool((flags & Flag.NON_FINITE).any())
+            self.failure = failure_of(self.program, site, broken=broken, over=over, dose=float(dose.max()))
 
     def report(self, name_of: Callable[[Site, str], str]) -> dict[str, Any]:
         """The ``applied`` block of an answer.
@@ -129,20 +122,50 @@ class Run:
         Args:
             name_of: From a site and an SAE's or a vector's fingerprint to its name in the catalog.
         """
-        tallies = [tally for tally in self._tallies.values() if tally.tokens]
-        features = [entry for tally in self._tallies.values() for entry in _features(tally, name_of)]
-        tokens = sum(tally.tokens for tally in tallies)
-        return {
-            "sites": [str(site) for site in self._tallies],
-            "features": features,
-            "tokens": self._touched,
-            "fired": sum(int(tally.fired.sum()) for tally in tallies),
-            "dose": {
-                "max": max((tally.dose_max for tally in tallies), default=0.0),
-                "mean": sum(tally.dose_sum for tally in tallies) / tokens if tokens else 0.0,
-                "limited": sum(tally.limited for tally in tallies),
-            },
-        }
+        return applied_block(list(self._tallies.values()), self._touched, name_of)
+
+
+def failure_of(program: Program, site: Site, *, broken: bool, over: bool, dose: float) -> RunFailed | None:
+    """The error that a request must end with after what happened at a site; None = it may go on.
+
+    Args:
+        program: What it asks.
+        site: The site.
+        broken: Whether a value there was not finite.
+        over: Whether the dose limit was passed there.
+        dose: The largest dose there.
+    """
+    if broken:
+        return NonFinite(f"A value at {site} was not finite. The request was ended; others were not touched.")
+    if over and program.on_dose == "fail":
+        return DoseExceeded(
+            f"The dose at {site} was {dose:.3g} of the token's length, beyond the limit of {program.dose_limit:g}. "
+            "Lower the values, raise 'dose.limit', or set 'on_dose' to 'scale'."
+        )
+    return None
+
+
+def applied_block(tallies: Sequence[SiteTally], touched: int, name_of: Callable[[Site, str], str]) -> dict[str, Any]:
+    """The ``applied`` block of an answer.
+
+    Args:
+        tallies: One for each site of the program.
+        touched: Tokens that were touched at any site.
+        name_of: From a site and an SAE's or a vector's fingerprint to its name in the catalog.
+    """
+    counted = [tally for tally in tallies if tally.tokens]
+    tokens = sum(tally.tokens for tally in counted)
+    return {
+        "sites": [str(tally.part.site) for tally in tallies],
+        "features": [entry for tally in tallies for entry in _features(tally, name_of)],
+        "tokens": touched,
+        "fired": sum(int(tally.fired.sum()) for tally in counted),
+        "dose": {
+            "max": max((tally.dose_max for tally in counted), default=0.0),
+            "mean": sum(tally.dose_sum for tally in counted) / tokens if tokens else 0.0,
+            "limited": sum(tally.limited for tally in counted),
+        },
+    }
 
 
 def _features(tally: SiteTally, name_of: Callable[[Site, str], str]) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Self
 
 import numpy as np
@@ -13,14 +12,13 @@ from transformers import PreTrainedModel
 
 from sae_steer.catalog import Catalog
 from sae_steer.edit_layer import EditLayer
-from sae_steer.errors import SiteError, WidthMismatch
 from sae_steer.families import width
 from sae_steer.hooks import install
 from sae_steer.limits import Limits
 from sae_steer.program import Program
 from sae_steer.report import Run
 from sae_steer.sites import Site
-from sae_steer.slots import Bucket, Slot, SlotPool
+from sae_steer.slots import Bucket, Slot, SlotPool, buckets_of
 from sae_steer.step import Span, StepMap
 from sae_steer.tables import SiteTables
 
@@ -51,9 +49,7 @@ class Runtime:
         self.catalog = catalog
         self.limits = limits
         self.sites = tuple(sites)
-        buckets = [Bucket(limits.max_programs, limits.rows)]
-        if limits.wide_programs:
-            buckets.append(Bucket(limits.wide_programs, limits.wide_rows))
+        buckets = buckets_of(limits)
         self._device = model.device
         self._pool = SlotPool(buckets)
         self._lock = threading.Lock()
@@ -70,12 +66,7 @@ class Runtime:
             SiteError: The model has no such place.
             CheckpointError: An SAE that is held whole cannot be read.
         """
-        wanted = dict.fromkeys([*(entry.site for entry in catalog.saes.values()), *sites])
-        for site in wanted:
-            if site.write.order < site.read.order:
-                raise SiteError(f"The site {site} writes before it reads. Swap its places.")
-        ordered = sorted(wanted, key=lambda site: (site.write.order, site.read.order))
-        runtime = cls(model, catalog, limits, ordered)
+        runtime = cls(model, catalog, limits, catalog.sites(sites))
         try:
             for layer in runtime._layers.values():
                 runtime._handles.extend(install(model, layer))
@@ -85,27 +76,10 @@ class Runtime:
         return runtime
 
     def _tables(self, model: PreTrainedModel, site: Site, buckets: Sequence[Bucket]) -> SiteTables:
-        """Allocates a site's tables, once all that belongs there fits the model."""
         reads, writes = width(model, site.read), width(model, site.write)
-        entries = [entry for entry in self.catalog.saes.values() if entry.site == site]
-        for entry in entries:
-            for what, have, need in (("reads", entry.sae.spec.d_in, reads), ("writes", entry.sae.spec.d_out, writes)):
-                if have != need:
-                    raise WidthMismatch(
-                        f"SAE {entry.name!r} {what} vectors of width {have}, and the model's {site} has width {need}. "
-                        "It was trained on another model, or on another place of it."
-                    )
-        if site.read == site.write:
-            for vector in self.catalog.vectors.values():
-                if vector.values.numel() != writes:
-                    raise WidthMismatch(
-                        f"Vector {vector.name!r} has width {vector.values.numel()}, "
-                        f"and the model's {site} has width {writes}."
-                    )
-        return SiteTables(
+        return SiteTables.fit(
             site,
-            entries,
-            {vector.fingerprint: vector for vector in self.catalog.vectors.values()},
+            self.catalog,
             buckets=buckets,
             width=reads,
             width_out=writes,
@@ -173,13 +147,7 @@ class Runtime:
 
     def report(self, run: Run) -> dict[str, Any]:
         """The ``applied`` block of a run."""
-        return run.report(self._name_of)
-
-    def _name_of(self, site: Site, fingerprint: str) -> str:
-        """What requests call an SAE at a site, or a vector: the first of its names."""
-        saes = (n for n, e in self.catalog.saes.items() if e.site == site and e.sae.fingerprint == fingerprint)
-        vectors = (n for n, vector in self.catalog.vectors.items() if vector.fingerprint == fingerprint)
-        return next(chain(saes, vectors))
+        return run.report(self.catalog.name_of)
 
     def begin_step(self, spans: Sequence[Span]) -> None:
         """Lays out the next forward pass: ``spans`` in the order of its flattened tokens."""

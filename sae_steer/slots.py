@@ -8,6 +8,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sae_steer.limits import Limits
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
@@ -28,6 +30,12 @@ class Bucket:
 
     slots: int
     rows: int
+
+
+def buckets_of(limits: Limits) -> list[Bucket]:
+    """The buckets of a host: ordinary slots and, where there are any, wide ones."""
+    buckets = [Bucket(limits.max_programs, limits.rows)]
+    return [*buckets, Bucket(limits.wide_programs, limits.wide_rows)] if limits.wide_programs else buckets
 
 
 class SlotPool:

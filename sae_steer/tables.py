@@ -7,8 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from sae_steer.catalog import CatalogSae, Vector
-from sae_steer.errors import NonFinite
+from sae_steer.catalog import Catalog, CatalogSae, Vector
+from sae_steer.errors import NonFinite, WidthMismatch
 from sae_steer.program import GainTable, Program, Row, SiteProgram
 from sae_steer.sae import Activation, FeatureRows, InputNorm, Sae
 from sae_steer.sites import Site
@@ -132,6 +132,52 @@ class SiteTables:
         self.device = device
         self.wholes = tuple(
             Whole.load(entry.sae, self._numbers[entry.sae.fingerprint], device) for entry in saes if entry.whole
+        )
+
+    @classmethod
+    def fit(
+        cls,
+        site: Site,
+        catalog: Catalog,
+        *,
+        buckets: Sequence[Bucket],
+        width: int,
+        width_out: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Self:
+        """Allocates a site's tables, once all of the catalog that belongs there fits the model.
+
+        Raises:
+            WidthMismatch: An SAE or a vector does not fit.
+            CheckpointError: An SAE that is held whole cannot be read.
+        """
+        entries = [entry for entry in catalog.saes.values() if entry.site == site]
+        for entry in entries:
+            spec = entry.sae.spec
+            for what, have, need in (("reads", spec.d_in, width), ("writes", spec.d_out, width_out)):
+                if have != need:
+                    raise WidthMismatch(
+                        f"SAE {entry.name!r} {what} vectors of width {have}, and the model's {site} has width {need}. "
+                        "It was trained on another model, or on another place of it."
+                    )
+        if site.read == site.write:
+            for vector in catalog.vectors.values():
+                if vector.values.numel() != width_out:
+                    raise WidthMismatch(
+                        f"Vector {vector.name!r} has width {vector.values.numel()}, "
+                        f"and the model's {site} has width {width_out}."
+                    )
+        vectors = {vector.fingerprint: vector for vector in catalog.vectors.values()}
+        return cls(
+            site,
+            entries,
+            vectors,
+            buckets=buckets,
+            width=width,
+            width_out=width_out,
+            dtype=dtype,
+            device=device,
         )
 
     @property

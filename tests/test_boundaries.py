@@ -4,6 +4,7 @@ import ast
 import configparser
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ PACKAGES = tuple(
     for path in (
         ROOT / "sae_steer",
         ROOT / "kernels" / "sae_steer_kernels",
+        ROOT / "server_plugins" / "sae_steer_cli",
+        ROOT / "server_plugins" / "sae_steer_http",
         ROOT / "server_plugins" / "sae_steer_server",
         ROOT / "server_plugins" / "sae_steer_vllm",
     )
@@ -96,6 +99,20 @@ def test_containers_are_not_packages(container: str) -> None:
 def test_packages_are_typed(package: Path) -> None:
     assert (package / "__init__.py").is_file()
     assert (package / "py.typed").is_file()
+
+
+def test_every_package_is_listed() -> None:
+    # One that a list forgets would be left out of the check, or of the wheel, without a sound.
+    contracts = configparser.ConfigParser()
+    contracts.read(ROOT / ".importlinter", encoding="utf-8")
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    names = {path.name for path in PACKAGES}
+    paths = {_relative(path) for path in PACKAGES}
+    assert set(contracts["importlinter"]["root_packages"].split()) == names
+    assert set(tool["hatch"]["build"]["targets"]["wheel"]["packages"]) == paths
+    assert set(tool["mypy"]["packages"]) == names
+    assert set(tool["pyright"]["include"]) == paths | {"tests"}
+    assert names <= set(tool["ruff"]["lint"]["isort"]["known-first-party"])
 
 
 def test_nobody_imports_the_container() -> None:

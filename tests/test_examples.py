@@ -89,8 +89,8 @@ def test_the_embedded_model_fits_its_limits() -> None:
 
 
 def test_every_profile_names_the_embedded_dictionary(demo: Served) -> None:
-    names = demo.state.catalog.profile_names()
+    names = demo.state.steering.catalog.profile_names()
     assert len(names) >= 3
     for name in names:
-        profile = demo.state.catalog.profile(name)
-        assert profile.saes == {embedded.SAE_NAME: demo.state.catalog.saes[embedded.SAE_NAME].sae.fingerprint}
+        profile = demo.state.steering.catalog.profile(name)
+        assert profile.saes == {embedded.SAE_NAME: demo.state.steering.catalog.saes[embedded.SAE_NAME].sae.fingerprint}

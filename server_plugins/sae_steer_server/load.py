@@ -11,12 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.logging import disable_progress_bar
 
 from sae_steer import embedded
+from sae_steer.capabilities import TRANSFORMERS
 from sae_steer.catalog import Catalog, CatalogSae, Vector
 from sae_steer.errors import StartError
 from sae_steer.runtime import Runtime
 from sae_steer.sae import open_sae
+from sae_steer_http.service import SteeringService
+from sae_steer_http.steering import check_profiles
 from sae_steer_server.engine.engine import Engine
-from sae_steer_server.http.steering import check_profiles
 from sae_steer_server.logs import get_logger
 from sae_steer_server.metrics import Metrics
 from sae_steer_server.settings import SaeSource, Settings
@@ -72,17 +74,26 @@ def load(settings: Settings) -> ServerState:
         kv_tokens=settings.kv_tokens,
         metrics=metrics,
     )
+    steering = SteeringService(
+        catalog=catalog,
+        sites=runtime.sites,
+        capabilities=TRANSFORMERS,
+        limits=settings.limits,
+        bos_token_id=_one_id(tokenizer.bos_token_id),
+        model_names=settings.model_names,
+        admin_key=settings.admin_key,
+        max_body_bytes=settings.max_body_bytes,
+        host_limits={"max_choices": settings.max_concurrent, "max_model_len": engine.max_model_len},
+    )
+    check_profiles(steering)
     state = ServerState(
         settings=settings,
         tokenizer=tokenizer,
-        catalog=catalog,
-        sites=runtime.sites,
+        steering=steering,
         engine=engine,
         metrics=metrics,
         vocabulary=int(model.config.get_text_config().vocab_size),
-        bos_token_id=_one_id(tokenizer.bos_token_id),
     )
-    check_profiles(state)
     _log.info(
         "loaded",
         models=list(settings.model_names),

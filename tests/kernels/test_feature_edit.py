@@ -1,7 +1,7 @@
 """``feature_edit`` against its literal float64 definition."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sae_steer_kernels import FEATURE_EDIT, EditBuffers, EditTable, Flag, RowFloat, RowInt, SlotInt, feature_edit
+from sae_steer_kernels.feature_edit import torch_impl
 from sae_steer_kernels.feature_edit.reference import feature_edit_reference, gain_at
 from tests.kernels.cases import Step, make_step
 
@@ -26,6 +27,15 @@ steps = st.builds(
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     variant=st.sampled_from(VARIANTS),
 )
+
+
+@pytest.fixture(scope="module", autouse=True, params=["in one go", "grouped"])
+def regime(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways in which the torch implementation goes through a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "grouped":
+            patch.setattr(torch_impl, "GATHERED", 0)
+        yield
 
 
 def run(step: Step) -> tuple[Tensor, EditBuffers]:

@@ -4,12 +4,11 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_steer.program import Phase, Program, Row, Selector, SiteProgram
+from sae_steer.program import Footprint, Phase, Program, Row, Selector, SiteProgram
 from sae_steer.sites import Site
 from sae_steer.step import Span, StepMap
 from tests.sae_steer.test_report import make_run
@@ -134,25 +133,47 @@ def test_the_footprint_covers_every_edit_and_knows_no_tokens(
     assert (blind.bits(positions, np.array(tokens), prompt_length) != 0).tolist() == covered.tolist()
 
 
-@given(programs, st.integers(1, 30), st.integers(1, 20))
-def test_first_touched_is_the_first_of_the_footprint(program: Program, length: int, prompt_length: int) -> None:
-    covered = program.footprint(np.arange(length), prompt_length).tolist()
-    assert program.first_touched(length, prompt_length) == (covered.index(True) if True in covered else None)
+@given(programs, token_lists, st.integers(1, 20))
+def test_the_pieces_and_the_token_table_say_what_the_selectors_say(
+    program: Program, tokens: list[int], prompt_length: int
+) -> None:
+    starts, masks = zip(*program.pieces(prompt_length), strict=True)
+    assert starts[0] == 0
+    assert list(starts) == sorted(set(starts))
+    assert all(a != b for a, b in itertools.pairwise(masks))
+    positions = np.arange(len(tokens))
+    held = np.array(masks)[np.searchsorted(starts, positions, side="right") - 1]
+    allowed = program.by_token(max(tokens) + 1)[tokens]
+    assert (held & allowed).tolist() == program.bits(positions, np.array(tokens), prompt_length).tolist()
 
 
-@pytest.mark.parametrize(
-    ("selector", "expected"),
-    [
-        (Selector(Phase.ALL), 0),
-        (Selector(Phase.ALL, skip_token=1, token_in=(9,)), 0),
-        (Selector(Phase.PROMPT), 0),
-        (Selector(Phase.COMPLETION), 4),
-        (Selector(Phase.RANGES, ((7, 9), (6, 8))), 6),
-        (Selector(Phase.RANGES, ((10, 12),)), None),
-    ],
-)
-def test_where_cache_blocks_begin_to_differ(selector: Selector, expected: int | None) -> None:
-    assert make_program(selector).first_touched(10, 5) == expected
+def _keys(program: Program, prompt_length: int, size: int = 4, blocks: int = 6) -> list[str | None]:
+    footprint = Footprint(program.digest, program.pieces(prompt_length))
+    return [footprint.key(i * size, (i + 1) * size) for i in range(blocks)]
+
+
+@given(programs, st.integers(1, 24), st.integers(1, 24))
+def test_blocks_have_equal_keys_exactly_where_the_same_positions_are_edited(
+    program: Program, one: int, two: int
+) -> None:
+    held = np.arange(24)
+    masks = [program_masks(program, held, p).reshape(6, 4) for p in (one, two)]
+    for a, b, x, y in zip(_keys(program, one), _keys(program, two), *masks, strict=True):
+        assert (a == b) == (x.tolist() == y.tolist())
+        assert (a is None) == (not x.any())
+
+
+def program_masks(program: Program, positions: np.ndarray, prompt_length: int) -> np.ndarray:
+    return sum(s.by_position(positions, prompt_length).astype(int) << i for i, s in enumerate(program.selectors))
+
+
+def test_a_program_alone_as_the_key_would_share_what_it_must_not() -> None:
+    program = make_program(Selector(Phase.COMPLETION))
+    short, long = _keys(program, 5), _keys(program, 13)
+    assert short[1] is not None
+    assert long[1] is None  # the same four tokens: generated and edited there, a prompt and left alone here
+    assert _keys(program, 5)[2] != _keys(program, 12)[2]  # all four positions are edited here, one of them there
+    assert short[4] == long[4]
 
 
 def test_all_31_selectors_fit_the_mask() -> None:

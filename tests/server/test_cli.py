@@ -1,4 +1,4 @@
-"""The command line: what it teaches, what it refuses in one line, and a real server from start to signal."""
+"""`sae-steer serve`: what it refuses in one line, and a real server from start to signal."""
 
 import json
 import os
@@ -15,41 +15,20 @@ from typing import Any
 
 import httpx
 import pytest
-from typer.testing import CliRunner
 
 from sae_steer.errors import StartError
-from sae_steer.schema import steering_json_schema
 from sae_steer.sites import Site
 from sae_steer_server import load as load_module
-from sae_steer_server.cli import app
 from sae_steer_server.load import load, with_demo
 from sae_steer_server.settings import SaeSource, Settings, VectorSource
 
-COMMAND = [sys.executable, "-c", "from sae_steer_server.cli import main; main()"]
+COMMAND = [sys.executable, "-m", "sae_steer_cli"]
 # Wide, so that the help is not broken up; plain, so that words can be found in it.
 PLAIN = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120, env=PLAIN)
-
-
-def test_help_teaches() -> None:
-    found = CliRunner().invoke(app, ["serve", "--help"], env=PLAIN).stdout
-    for word in (
-        "sae-steer serve demo --port 0",
-        "--sae",
-        "NAME=LOCATION",
-        "resid_post.12",
-        "SAE_STEER_API_KEY",
-        "curl",
-    ):
-        assert word in found
-
-
-def test_schema_is_printed() -> None:
-    result = CliRunner().invoke(app, ["schema"])
-    assert json.loads(result.stdout) == steering_json_schema()
 
 
 @pytest.mark.parametrize(

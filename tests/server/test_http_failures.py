@@ -67,7 +67,7 @@ def test_what_nobody_foresaw_is_a_500_that_tells_nothing(
     def fails(*_: object, **__: object) -> NoReturn:
         raise ZeroDivisionError(SECRET)
 
-    monkeypatch.setattr(served.state.catalog, "search_features", fails)
+    monkeypatch.setattr(served.state.steering.catalog, "search_features", fails)
     reply = client.get("/v1/steering/features")
     assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal_error")
     assert reply.headers["x-request-id"] in reply.json()["error"]["message"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from sae_steer_server.http.security import allowed_hosts
+from sae_steer_http.security import allowed_hosts
 from sae_steer_server.sockets import is_local
 from tests.server.conftest import Serve, Served
 

@@ -138,7 +138,7 @@ def test_vectors_steer_where_a_site_is_hooked(client: httpx.Client) -> None:
 
 def test_saes_are_listed(client: httpx.Client, served: Served) -> None:
     (entry,) = client.get("/v1/steering/saes").json()["data"]
-    assert entry.pop("fingerprint") == served.state.catalog.saes["last"].sae.fingerprint
+    assert entry.pop("fingerprint") == served.state.steering.catalog.saes["last"].sae.fingerprint
     assert entry == {"id": "last", "site": "resid_post.1", "architecture": "standard", "features": 32, "width": 64}
 
 
@@ -162,7 +162,7 @@ def test_features_are_searched(client: httpx.Client) -> None:
 def test_schema_and_capabilities_are_published(client: httpx.Client, served: Served) -> None:
     assert client.get("/v1/steering/schema").json() == steering_json_schema()
     reply = client.get("/v1/steering/capabilities").json()
-    assert reply["data"] == served.state.capabilities.table()
+    assert reply["data"] == served.state.steering.capabilities.table()
     assert reply["limits"]["max_edits"] == 12
 
 

@@ -6,9 +6,10 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 import sae_steer
-from sae_steer_server.http import errors, openapi, routes_generation, routes_health, routes_models, routes_steering
+from sae_steer_http import routes_steering
+from sae_steer_http.security import Security, allowed_hosts
+from sae_steer_server.http import errors, openapi, routes_generation, routes_health, routes_models
 from sae_steer_server.http.edge import Edge
-from sae_steer_server.http.security import Security, allowed_hosts
 from sae_steer_server.state import ServerState
 
 
@@ -35,11 +36,12 @@ def create_app(state: ServerState) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.server = state
+    app.state.steering = state.steering
     for routes in (routes_generation, routes_models, routes_steering, routes_health):
         app.include_router(routes.router)
     errors.install(app)
     openapi.install(app, api_key=settings.api_key is not None, admin_key=settings.admin_key is not None)
     hosts = allowed_hosts(settings.host, settings.allowed_hosts)
-    app.add_middleware(Security, hosts=hosts, api_key=settings.api_key)
+    app.add_middleware(Security, hosts=hosts, api_key=settings.api_key, refused=errors.note)
     app.add_middleware(Edge, metrics=state.metrics)  # added last, so it is outermost
     return app

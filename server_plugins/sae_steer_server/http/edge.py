@@ -6,7 +6,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sae_steer_server.http.errors import internal_error_json
+from sae_steer_http.errors import internal_error_json
 from sae_steer_server.logs import Record, get_logger, open_record, where
 from sae_steer_server.metrics import Metrics
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from sae_steer_http.replies import ChoiceSteering, Reply
 from sae_steer_server.engine.engine import Chunk
 from sae_steer_server.http.generation import Job, Outcome
-from sae_steer_server.http.replies import ChoiceSteering, Reply
 
 LEAST_LOGPROB = -9999.0
 """OpenAI's number for what is not to be expected; JSON has no minus infinity."""

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from sae_steer.errors import RunFailed
 from sae_steer.program import Program
+from sae_steer_http.replies import ProgramSummary
 from sae_steer_server.engine.engine import Chunk, TokenLogprob
 from sae_steer_server.engine.sampling import Sampling
-from sae_steer_server.http.replies import ProgramSummary, Usage
+from sae_steer_server.http.replies import Usage
 from sae_steer_server.logs import Record
 from sae_steer_server.state import ServerState
 

@@ -6,18 +6,20 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from sae_steer_http.bodies import parse_body, read_json
+from sae_steer_http.openapi import request_body
+from sae_steer_http.replies import Reply
+from sae_steer_http.steering import compile_steering
 from sae_steer_server.engine.sampling import Sampling
-from sae_steer_server.http.bodies import parse_body, read_json
 from sae_steer_server.http.disconnect import while_connected
 from sae_steer_server.http.form_chat import ChatForm
 from sae_steer_server.http.form_completion import CompletionForm
 from sae_steer_server.http.forms import Form
 from sae_steer_server.http.generation import Job, Outcome, generate
 from sae_steer_server.http.openai_models import ChatRequest, CompletionRequest, GenerationRequest
-from sae_steer_server.http.openapi import GENERATION_ERRORS, request_body, stream_or_json
+from sae_steer_server.http.openapi import GENERATION_ERRORS, stream_or_json
 from sae_steer_server.http.prompts import chat_prompt, completion_prompts, token_budget
-from sae_steer_server.http.replies import ChatChunk, ChatCompletion, Completion, CompletionChunk, Reply
-from sae_steer_server.http.steering import compile_steering
+from sae_steer_server.http.replies import ChatChunk, ChatCompletion, Completion, CompletionChunk
 from sae_steer_server.http.streaming import EventStream, events
 from sae_steer_server.logs import Record, record_of
 from sae_steer_server.state import ServerState, state_of
@@ -35,7 +37,7 @@ async def chat_completions(request: Request) -> Response:
     """Answers a conversation, steered or not, whole or as a stream."""
     state = state_of(request)
     body = parse_body(ChatRequest, await read_json(request, state.settings.max_body_bytes))
-    program = compile_steering(state, body.steering, body.model)
+    program = compile_steering(state.steering, body.steering, body.model)
     prompts = [await chat_prompt(state, body)]
     asked, param = body.max_completion_tokens, "max_completion_tokens"
     if asked is None:
@@ -64,7 +66,7 @@ async def completions(request: Request) -> Response:
     """Continues one or several prompts, steered or not, whole or as a stream."""
     state = state_of(request)
     body = parse_body(CompletionRequest, await read_json(request, state.settings.max_body_bytes))
-    program = compile_steering(state, body.steering, body.model)
+    program = compile_steering(state.steering, body.steering, body.model)
     prompts = await completion_prompts(state, body)
     asked = body.max_tokens if body.max_tokens is not None else _COMPLETION_TOKENS
     job = Job(

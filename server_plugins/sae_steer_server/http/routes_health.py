@@ -4,8 +4,8 @@ from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
-from sae_steer_server.http.catalog_replies import Health
-from sae_steer_server.http.openapi import errors
+from sae_steer_http.openapi import errors
+from sae_steer_server.http.replies import Health
 from sae_steer_server.state import state_of
 
 router = APIRouter(tags=["watching"])

@@ -3,9 +3,9 @@
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from sae_steer_server.http.catalog_replies import Model, ModelList
-from sae_steer_server.http.openapi import errors
-from sae_steer_server.http.steering import model_ids, profile_of
+from sae_steer_http.catalog_replies import Model, ModelList
+from sae_steer_http.openapi import errors
+from sae_steer_http.steering import model_ids, profile_of
 from sae_steer_server.state import ServerState, state_of
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
@@ -15,7 +15,7 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 async def list_models(request: Request) -> Response:
     """Every name that ``model`` may have."""
     state = state_of(request)
-    models = [_model(state, name) for name in model_ids(state)]
+    models = [_model(state, name) for name in model_ids(state.steering)]
     return Response(ModelList(object="list", data=models).encode(), media_type="application/json")
 
 
@@ -24,7 +24,7 @@ async def list_models(request: Request) -> Response:
 async def get_model(request: Request, model_id: str) -> Response:
     """One of them."""
     state = state_of(request)
-    profile_of(state, model_id)
+    profile_of(state.steering, model_id)
     return Response(_model(state, model_id).encode(), media_type="application/json")
 
 

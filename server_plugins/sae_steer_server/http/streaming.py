@@ -7,11 +7,11 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from sae_steer.errors import SteerError
+from sae_steer_http.errors import steer_error_json
+from sae_steer_http.replies import Reply
 from sae_steer_server.http.disconnect import while_connected
-from sae_steer_server.http.errors import steer_error_json
 from sae_steer_server.http.forms import Form
 from sae_steer_server.http.generation import Job, Outcome, generate
-from sae_steer_server.http.replies import Reply
 from sae_steer_server.logs import Record
 from sae_steer_server.state import ServerState
 

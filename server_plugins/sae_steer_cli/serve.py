@@ -1,34 +1,21 @@
-"""The command ``sae-steer``."""
+"""``sae-steer serve``: the transformers host."""
 
-import json
 import math
-import sys
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import typer
 
-import sae_steer
 from sae_steer.errors import StartError
 from sae_steer.limits import Limits
-from sae_steer.schema import steering_json_schema
 from sae_steer.sites import Site
-from sae_steer_server import logs
+from sae_steer_cli.refusal import imports_of, refusals
 from sae_steer_server.settings import DType, SaeSource, Settings, VectorSource
 from sae_steer_server.sockets import bind
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
-app = typer.Typer(
-    name="sae-steer",
-    help="Serves language models whose features every request may edit, through sparse autoencoders (SAEs).",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-)
-
-_SERVE_HELP = """
+SERVE_HELP = """
 Serve MODEL over an OpenAI-compatible HTTP API, with the field `steering` in every request.
 
 **Examples**
@@ -53,15 +40,6 @@ Then, from anywhere:
 """
 
 
-@app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    """Options of the command itself."""
-    if version:
-        print(sae_steer.__version__)
-        raise typer.Exit
-
-
-@app.command(help=_SERVE_HELP)
 def serve(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or `demo`: the embedded model.")],
     sae: Annotated[
@@ -140,8 +118,8 @@ def serve(
         float, typer.Option(min=0, help="Seconds that running requests get to finish after SIGTERM.")
     ] = 10.0,
 ) -> None:
-    """See ``_SERVE_HELP``."""
-    try:
+    """See ``SERVE_HELP``."""
+    with refusals():
         if not all(served_model_name or ["-"]):
             raise StartError("--served-model-name: a name has at least one character.")
         settings = Settings(
@@ -176,31 +154,15 @@ def serve(
             shutdown_grace=shutdown_grace,
         )
         _run(settings)
-    except StartError as error:
-        _refuse(error)
 
 
 def _run(settings: Settings) -> None:
+    with imports_of("server"):
+        from sae_steer_server import logs
     logs.configure(settings.log_level)
     with bind(settings.host, settings.port) as sock:
-        # Here, not above: transformers takes seconds, which --help, a wrong option and a taken port need not wait for.
-        from sae_steer_server.load import load
-        from sae_steer_server.serve import serve
-
+        # Not before: transformers takes seconds, which --help, a wrong option and a taken port need not wait for.
+        with imports_of("server"):
+            from sae_steer_server.load import load
+            from sae_steer_server.serve import serve
         serve(load(settings), sock)
-
-
-def _refuse(error: StartError) -> NoReturn:
-    print(f"sae-steer: {error.message}", file=sys.stderr)
-    raise typer.Exit(2) from None
-
-
-@app.command()
-def schema() -> None:
-    """Print the JSON Schema of the request field `steering`."""
-    print(json.dumps(steering_json_schema(), indent=2))
-
-
-def main() -> None:
-    """Entry point of the command."""
-    app()

@@ -1,15 +1,14 @@
 """Who may call: Host, Origin and keys, checked before routing, so that a 404 is as guarded as an answer."""
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sae_steer.errors import Forbidden, SteerError, Unauthorized
-from sae_steer_server.http.errors import steer_error_response
-from sae_steer_server.logs import record_of
+from sae_steer_http.errors import steer_error_response
 
 ADMIN_HEADER = "X-Steering-Admin-Key"
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
@@ -34,12 +33,21 @@ class Security:
         app: What is guarded.
         hosts: From :func:`allowed_hosts`; ``*`` in it allows every host.
         api_key: Bearer key of /v1; None = open.
+        refused: Is told of every refusal.
     """
 
-    def __init__(self, app: ASGIApp, *, hosts: frozenset[str], api_key: str | None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        hosts: frozenset[str],
+        api_key: str | None,
+        refused: Callable[[Scope, SteerError], None],
+    ) -> None:
         self.app = app
         self._hosts = hosts
         self._api_key = api_key
+        self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a request pass, or answers 401 or 403."""
@@ -47,7 +55,7 @@ class Security:
             try:
                 self._check(scope["path"], Headers(scope=scope))
             except SteerError as error:
-                record_of(scope).code = error.code
+                self._refused(scope, error)
                 await steer_error_response(error)(scope, receive, send)
                 return
         await self.app(scope, receive, send)

@@ -7,25 +7,24 @@ from sae_steer.compiler import compile_program
 from sae_steer.errors import DuplicateEdit, RequestError, StartError, SteerError
 from sae_steer.program import Program
 from sae_steer.schema import Profile, Steering, parse_steering
-from sae_steer_server.http.errors import ModelNotFound
-from sae_steer_server.state import ServerState
+from sae_steer_http.errors import ModelNotFound
+from sae_steer_http.service import SteeringService
 
 _PROFILE_PATH = re.compile(r"\bsteering\.profiles\[(\d+)\]")
 
 
-def model_ids(state: ServerState) -> Iterator[str]:
+def model_ids(service: SteeringService) -> Iterator[str]:
     """Every name that ``model`` may have: the served names, and each of them with each profile."""
-    names = state.settings.model_names
-    yield from names
-    for profile in state.catalog.profile_names():
-        yield from (f"{name}:{profile}" for name in names)
+    yield from service.model_names
+    for profile in service.catalog.profile_names():
+        yield from (f"{name}:{profile}" for name in service.model_names)
 
 
-def profile_of(state: ServerState, model: str) -> str | None:
+def profile_of(service: SteeringService, model: str) -> str | None:
     """The profile that a model's name means, or None for the model itself; raises :class:`ModelNotFound`."""
-    names = state.settings.model_names
+    names = service.model_names
     # Matched against the list, never taken apart: a model's own name may hold a colon.
-    meant = [p for p in state.catalog.profile_names() if any(model == f"{name}:{p}" for name in names)]
+    meant = [p for p in service.catalog.profile_names() if any(model == f"{name}:{p}" for name in names)]
     if model in names and not meant:
         return None
     if len(meant) == 1 and model not in names:
@@ -41,23 +40,36 @@ def profile_of(state: ServerState, model: str) -> str | None:
     raise ModelNotFound(f"There is no model {model!r}. GET /v1/models lists those there are.", param="model")
 
 
-def compile_steering(state: ServerState, steering: Steering, model: str) -> Program | None:
+def merge_steering(service: SteeringService, steering: Steering, model: str) -> Steering:
+    """What a request asks by its model's name and its ``steering`` field: the model's profile comes first.
+
+    Raises:
+        ModelNotFound: The model is not served.
+        RequestError: The model's name is ambiguous, or its profile is in ``steering`` as well.
+    """
+    profile = profile_of(service, model)
+    if profile is None:
+        return steering
+    if profile in steering.profiles:
+        at = steering.profiles.index(profile)
+        param = f"steering.profiles[{at}]"
+        raise DuplicateEdit(f"{param}: the model {model!r} has this profile already; leave it out.", param=param)
+    return steering.model_copy(update={"profiles": [profile, *steering.profiles]})
+
+
+def compile_steering(service: SteeringService, steering: Steering, model: str) -> Program | None:
     """Compiles what a request asks by its model's name and its ``steering`` field.
 
     Raises:
         ModelNotFound: The model is not served.
         RequestError: Something cannot be honoured; ``param`` is a path into the client's own body.
     """
-    profile = profile_of(state, model)
-    if profile is None:
-        return _compile(state, steering)
-    if profile in steering.profiles:
-        at = steering.profiles.index(profile)
-        param = f"steering.profiles[{at}]"
-        raise DuplicateEdit(f"{param}: the model {model!r} has this profile already; leave it out.", param=param)
+    merged = merge_steering(service, steering, model)
     try:
-        return _compile(state, steering.model_copy(update={"profiles": [profile, *steering.profiles]}))
+        return _compile(service, merged)
     except SteerError as error:
+        if merged is steering:
+            raise
         # The compiler counted the model's profile as the first of the list, which the client never wrote.
         error.message = _as_written(error.message)
         error.param = _as_written(error.param) if error.param is not None else None
@@ -72,24 +84,24 @@ def _as_written(text: str) -> str:
     return _PROFILE_PATH.sub(path, text)
 
 
-def _compile(state: ServerState, steering: Steering) -> Program | None:
+def _compile(service: SteeringService, steering: Steering) -> Program | None:
     return compile_program(
         steering,
-        state.catalog,
-        state.capabilities,
-        state.limits,
-        sites=state.sites,
-        bos_token_id=state.bos_token_id,
+        service.catalog,
+        service.capabilities,
+        service.limits,
+        sites=service.sites,
+        bos_token_id=service.bos_token_id,
     )
 
 
-def check_profile(state: ServerState, profile: Profile) -> None:
+def check_profile(service: SteeringService, profile: Profile) -> None:
     """Compiles a profile that is not stored yet; raises :class:`RequestError` with a path into the profile."""
-    taken = _taken(state, profile.name)
+    taken = _taken(service, profile.name)
     if taken is not None:
         raise RequestError(f"name: the model {taken!r} is served already.", param="name", code="ambiguous_model")
     for name, fingerprint in profile.saes.items():
-        have = state.catalog.sae(name, param=f"saes.{name}").sae.fingerprint
+        have = service.catalog.sae(name, param=f"saes.{name}").sae.fingerprint
         if have != fingerprint:
             raise RequestError(
                 f"saes.{name}: the profile was made for {fingerprint}, and this server has {have}.",
@@ -97,27 +109,27 @@ def check_profile(state: ServerState, profile: Profile) -> None:
                 code="fingerprint_mismatch",
             )
     try:
-        _compile(state, parse_steering({"interventions": profile.interventions}))
+        _compile(service, parse_steering({"interventions": profile.interventions}))
     except SteerError as error:
         error.message = error.message.replace("steering.interventions", "interventions")
         error.param = error.param.removeprefix("steering.") if error.param is not None else None
         raise
 
 
-def _taken(state: ServerState, profile: str) -> str | None:
+def _taken(service: SteeringService, profile: str) -> str | None:
     """The served model, if there is one, whose name a profile's model would have."""
-    names = state.settings.model_names
+    names = service.model_names
     return next((name for name in names if name in [f"{base}:{profile}" for base in names]), None)
 
 
-def check_profiles(state: ServerState) -> None:
+def check_profiles(service: SteeringService) -> None:
     """Refuses the start over a stored profile that could not be used, or whose model name is taken."""
-    for profile in state.catalog.profile_names():
-        taken = _taken(state, profile)
+    for profile in service.catalog.profile_names():
+        taken = _taken(service, profile)
         if taken is not None:
             raise StartError(f"Profile {profile!r} would be the model {taken!r}, which is served already. Rename one.")
         try:
-            _compile(state, parse_steering({"profiles": [profile]}))
+            _compile(service, parse_steering({"profiles": [profile]}))
         except RequestError as error:
             message = error.message.removeprefix("steering.profiles[0]: ").replace("steering.profiles[0].", "")
             raise StartError(f"Profile {profile!r} cannot be used: {message}") from None

@@ -1,10 +1,10 @@
-"""What the routes that list things answer: models, SAEs, features, profiles, capabilities, health."""
+"""What the routes that list things answer: models, SAEs, features, profiles, capabilities."""
 
 from typing import Any, Literal
 
 from pydantic import Field
 
-from sae_steer_server.http.replies import Reply
+from sae_steer_http.replies import Reply
 
 
 class Model(Reply):
@@ -93,9 +93,3 @@ class CapabilityList(Reply):
     host: str
     data: list[Capability]
     limits: dict[str, Any]
-
-
-class Health(Reply):
-    """Whether the engine lives."""
-
-    status: Literal["ok", "down"]

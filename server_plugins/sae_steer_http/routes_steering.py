@@ -10,8 +10,8 @@ from starlette.responses import JSONResponse, Response
 from sae_steer.catalog import Catalog
 from sae_steer.errors import Forbidden, RequestError, Unauthorized
 from sae_steer.schema import Profile, parse_profile, steering_json_schema
-from sae_steer_server.http.bodies import read_json
-from sae_steer_server.http.catalog_replies import (
+from sae_steer_http.bodies import read_json
+from sae_steer_http.catalog_replies import (
     Capability,
     CapabilityList,
     Deleted,
@@ -22,12 +22,12 @@ from sae_steer_server.http.catalog_replies import (
     SaeEntry,
     SaeList,
 )
-from sae_steer_server.http.errors import ProfileNotFound, SaeNotFound
-from sae_steer_server.http.openapi import admin_security, errors, request_body
-from sae_steer_server.http.replies import Reply
-from sae_steer_server.http.security import ADMIN_HEADER, same_key
-from sae_steer_server.http.steering import check_profile
-from sae_steer_server.state import ServerState, state_of
+from sae_steer_http.errors import ProfileNotFound, SaeNotFound
+from sae_steer_http.openapi import admin_security, errors, request_body
+from sae_steer_http.replies import Reply
+from sae_steer_http.security import ADMIN_HEADER, same_key
+from sae_steer_http.service import SteeringService, service_of
+from sae_steer_http.steering import check_profile
 
 router = APIRouter(prefix="/v1/steering", tags=["steering"])
 
@@ -54,7 +54,7 @@ async def saes(request: Request) -> Response:
             width=entry.sae.spec.d_in,
             fingerprint=entry.sae.fingerprint,
         )
-        for entry in state_of(request).catalog.saes.values()
+        for entry in service_of(request).catalog.saes.values()
     ]
     return _json(SaeList(data=entries))
 
@@ -62,7 +62,7 @@ async def saes(request: Request) -> Response:
 @router.get("/features", responses={200: {"model": FeatureList}, **errors(400, 401, 404)})
 async def features(request: Request, query: Annotated[FeatureQuery, Query()]) -> Response:
     """Labelled features whose label contains a text, in any case."""
-    catalog = state_of(request).catalog
+    catalog = service_of(request).catalog
     if query.sae is not None and query.sae not in catalog.saes:
         raise SaeNotFound(f"There is no SAE {query.sae!r}. GET /v1/steering/saes lists those there are.", param="sae")
     found: list[FeatureEntry] = []
@@ -78,18 +78,17 @@ async def features(request: Request, query: Annotated[FeatureQuery, Query()]) ->
 @router.get("/capabilities", responses={200: {"model": CapabilityList}, **errors(401)})
 async def capabilities(request: Request) -> Response:
     """What this server can honour, and what to do instead of what it cannot."""
-    state = state_of(request)
+    service = service_of(request)
     limits = {
-        "max_programs": state.limits.max_programs,
-        "max_wide_programs": state.limits.wide_programs,
-        "max_edits": state.limits.max_edits,
-        "max_edits_per_site": state.limits.widest,
-        "max_choices": state.concurrency.limit,
-        "max_body_bytes": state.settings.max_body_bytes,
-        "max_model_len": state.engine.max_model_len,
+        "max_programs": service.limits.max_programs,
+        "max_wide_programs": service.limits.wide_programs,
+        "max_edits": service.limits.max_edits,
+        "max_edits_per_site": service.limits.widest,
+        "max_body_bytes": service.max_body_bytes,
+        **service.host_limits,
     }
-    rows = [Capability(**row) for row in state.capabilities.table()]
-    return _json(CapabilityList(host=state.capabilities.host, data=rows, limits=limits))
+    rows = [Capability(**row) for row in service.capabilities.table()]
+    return _json(CapabilityList(host=service.capabilities.host, data=rows, limits=limits))
 
 
 @router.get("/schema", responses={200: {"model": dict[str, Any]}, **errors(401)})
@@ -98,25 +97,25 @@ async def schema() -> Response:
     return JSONResponse(steering_json_schema())
 
 
-async def admin(request: Request) -> ServerState:
-    """The state, for who has the admin key; raises :class:`Unauthorized`, or :class:`Forbidden` where there is none."""
-    state = state_of(request)
-    key = state.settings.admin_key
+async def admin(request: Request) -> SteeringService:
+    """The service, for who has the admin key; raises :class:`Unauthorized`, or :class:`Forbidden` if there is none."""
+    service = service_of(request)
+    key = service.admin_key
     if key is None:
         raise Forbidden("Nothing can change this server: it was started without --admin-key.")
     if not same_key(request.headers.get(ADMIN_HEADER, ""), key):
         raise Unauthorized(f"The admin key is missing or wrong. Send it in the header {ADMIN_HEADER}.")
-    return state
+    return service
 
 
-Admin = Annotated[ServerState, Depends(admin)]
+Admin = Annotated[SteeringService, Depends(admin)]
 ProfileName = Annotated[str, Path(max_length=128)]
 
 
 @router.get("/profiles", responses={200: {"model": ProfileList}, **errors(400, 401)})
 async def profiles(request: Request) -> Response:
     """The stored profiles."""
-    catalog = state_of(request).catalog
+    catalog = service_of(request).catalog
     return _json(ProfileList(data=[_entry(catalog, name) for name in catalog.profile_names()]))
 
 
@@ -132,7 +131,7 @@ def _entry(catalog: Catalog, name: str) -> ProfileEntry:
 @router.get("/profiles/{name}", responses={200: {"model": Profile}, **errors(400, 401, 404)})
 async def get_profile(request: Request, name: ProfileName) -> Response:
     """A stored profile."""
-    return _profile(_stored(state_of(request), name))
+    return _profile(_stored(service_of(request), name))
 
 
 @router.put(
@@ -140,13 +139,13 @@ async def get_profile(request: Request, name: ProfileName) -> Response:
     responses={200: {"model": Profile}, **errors(400, 401, 413)},
     openapi_extra=request_body(Profile) | admin_security(),
 )
-async def put_profile(request: Request, name: ProfileName, state: Admin) -> Response:
+async def put_profile(request: Request, name: ProfileName, service: Admin) -> Response:
     """Stores a profile, or replaces it, once it was shown to compile. Requests that run keep what they began with."""
-    profile = parse_profile(await read_json(request, state.settings.max_body_bytes), root="")
+    profile = parse_profile(await read_json(request, service.max_body_bytes), root="")
     if profile.name != name:
         raise RequestError(f"name: the profile is called {profile.name!r}, and the address {name!r}.", param="name")
-    check_profile(state, profile)
-    await asyncio.to_thread(state.catalog.put_profile, profile)
+    check_profile(service, profile)
+    await asyncio.to_thread(service.catalog.put_profile, profile)
     return _profile(profile)
 
 
@@ -155,21 +154,21 @@ async def put_profile(request: Request, name: ProfileName, state: Admin) -> Resp
     responses={200: {"model": Deleted}, **errors(400, 401, 404)},
     openapi_extra=admin_security(),
 )
-async def delete_profile(name: ProfileName, state: Admin) -> Response:
+async def delete_profile(name: ProfileName, service: Admin) -> Response:
     """Removes a profile. Requests that run keep it."""
-    _require_name(state, name)
-    await asyncio.to_thread(state.catalog.delete_profile, name)
+    _require_name(service, name)
+    await asyncio.to_thread(service.catalog.delete_profile, name)
     return _json(Deleted(name=name, deleted=True))
 
 
-def _require_name(state: ServerState, name: str) -> None:
-    if name not in state.catalog.profile_names():
+def _require_name(service: SteeringService, name: str) -> None:
+    if name not in service.catalog.profile_names():
         raise ProfileNotFound(f"There is no profile {name!r}. GET /v1/steering/profiles lists them.", param="name")
 
 
-def _stored(state: ServerState, name: str) -> Profile:
-    _require_name(state, name)
-    return state.catalog.profile(name)
+def _stored(service: SteeringService, name: str) -> Profile:
+    _require_name(service, name)
+    return service.catalog.profile(name)
 
 
 def _profile(profile: Profile) -> Response:

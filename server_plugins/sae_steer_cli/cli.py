@@ -1,0 +1,41 @@
+"""The commands of ``sae-steer``; each has its own file and imports what it needs when it runs."""
+
+import json
+from typing import Annotated
+
+import typer
+
+import sae_steer
+from sae_steer.schema import steering_json_schema
+from sae_steer_cli.serve import SERVE_HELP, serve
+
+app = typer.Typer(
+    name="sae-steer",
+    help="Serves language models whose features every request may edit, through sparse autoencoders (SAEs).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Options of the command itself."""
+    if version:
+        print(sae_steer.__version__)
+        raise typer.Exit
+
+
+app.command(help=SERVE_HELP)(serve)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the request field `steering`."""
+    print(json.dumps(steering_json_schema(), indent=2))
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
