@@ -133,5 +133,19 @@ TRANSFORMERS = Capabilities(
 )
 """The embedded server, over transformers' continuous batching."""
 
+VLLM = Capabilities(
+    "vllm",
+    (
+        *_LATER,
+        Refusal(
+            "beam_search",
+            "beam search",
+            "vLLM makes each step of it a request of its own, with another prompt",
+            "ask for several choices with 'n'",
+        ),
+    ),
+)
+"""vLLM, with the plugin."""
+
 IN_PROCESS = Capabilities("in-process", _LATER)
 """``sae_steer.attach`` on a transformers model in the same process."""

@@ -25,20 +25,19 @@ def to_text(program: Program) -> str:
     return json.dumps(_PROGRAM.dump_python(program, mode="python"), separators=(",", ":"))
 
 
-def from_text(text: str, catalog: Catalog, limits: Limits, sites: Sequence[Site]) -> Program:
-    """Reads :func:`to_text` and checks that it means something here.
-
-    Raises:
-        SchemaError: It is not a program, or not one of this catalog, these limits and sites.
-    """
+def parse(text: str) -> Program:
+    """Reads :func:`to_text`; raises :class:`SchemaError` for anything else."""
     try:
-        program = _PROGRAM.validate_json(text)
+        return _PROGRAM.validate_json(text)
     except ValidationError as error:
         raise SchemaError(f"This is not a compiled program: {error.error_count()} faults.") from None
+
+
+def check(program: Program, catalog: Catalog, limits: Limits, sites: Sequence[Site]) -> None:
+    """Raises :class:`SchemaError` for a program that means nothing with this catalog, these limits and sites."""
     fault = _fault(program, catalog, limits, sites)
     if fault is not None:
         raise SchemaError(f"This compiled program cannot run here: {fault}.")
-    return program
 
 
 def _fault(program: Program, catalog: Catalog, limits: Limits, sites: Sequence[Site]) -> str | None:

@@ -1,0 +1,536 @@
+"""Everything of vLLM that the plugin touches; no other file imports it.
+
+The plugin has no fork and no subclass of vLLM's own: it wraps the functions of :data:`LEDGER`, each for the reason
+given there, and hands over to files that know nothing of vLLM. A wrapper adds to a call and never replaces it, and does
+nothing in an engine whose configuration does not name the plugin.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import vllm
+from vllm.exceptions import VLLMValidationError
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+from vllm.sequence import IntermediateTensors
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
+from vllm.v1.request import RequestStatus
+
+from sae_steer.capabilities import VLLM
+from sae_steer.errors import RequestError, StartError
+from sae_steer.program import Footprint, Program
+from sae_steer.slots import buckets_of
+from sae_steer.wire import check, parse
+from sae_steer_vllm import op
+from sae_steer_vllm.channel import CARRIED, ON_OUTPUT, PROGRAM, SLOT, SUMS, TICKET, payload_of, take
+from sae_steer_vllm.config import PluginConfig, catalog_of, config_of
+from sae_steer_vllm.frontend import Frontend, admit
+from sae_steer_vllm.gate import Gate
+from sae_steer_vllm.refusals import refuse_setup
+from sae_steer_vllm.worker import Carried, Shape, Worker
+
+TESTED = ((0, 26), (0, 32))
+"""First and last minor release that the plugin was made for."""
+
+MINE = "_sae_steer"
+"""Attribute under which vLLM's objects hold the plugin's parts."""
+
+logger = init_logger("vllm.sae_steer")
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """One thing of vLLM that the plugin wraps or calls.
+
+    Args:
+        where: Module and qualified name.
+        why: What for.
+        note: What differs between the versions.
+        until: What would make it unnecessary.
+    """
+
+    where: str
+    why: str
+    note: str = ""
+    until: str = ""
+
+
+_SEAM = "a seam in vLLM for per-request model edits"
+LEDGER: tuple[Symbol, ...] = (
+    Symbol(
+        "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
+        "keeps steered and unsteered blocks of the prefix cache apart",
+        "keys are bare up to 0.30 and pairs from 0.31; a pair is good in all",
+        "extra block keys as a request's own field",
+    ),
+    Symbol("vllm.v1.core.sched.scheduler:Scheduler.__init__", "makes the gate", until=_SEAM),
+    Symbol("vllm.v1.core.sched.scheduler:Scheduler.add_request", "gives a request its slot, or has it wait", until=_SEAM),
+    Symbol("vllm.v1.core.sched.scheduler:Scheduler.finish_requests", "ends requests that wait for a slot", until=_SEAM),
+    Symbol("vllm.v1.core.sched.scheduler:Scheduler._free_request", "gives the slot back", until=_SEAM),
+    Symbol(
+        "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+        "sends sums to the front end, and ends requests that failed",
+        until="an open field on EngineCoreOutput",
+    ),
+    Symbol(
+        "vllm.v1.engine.core:EngineCore.preprocess_add_request",
+        "checks a program again, where a fault ends that request alone",
+        until=_SEAM,
+    ),
+    Symbol("vllm.v1.engine.input_processor:InputProcessor.__init__", "reads the configuration", until=_SEAM),
+    Symbol(
+        "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+        "compiles what a request asks",
+        "keyword arguments were added in 0.28 and 0.31; from 0.27 it may run in a thread",
+        _SEAM,
+    ),
+    Symbol("vllm.v1.engine.output_processor:OutputProcessor.add_request", "follows steered requests", until=_SEAM),
+    Symbol(
+        "vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
+        "takes the sums from the outputs",
+        "0.32 adds weight_version",
+        "an open field on EngineCoreOutput",
+    ),
+    Symbol(
+        "vllm.v1.engine.output_processor:RequestState._new_completion_output",
+        "puts the report on the choice",
+        until="an open field on CompletionOutput",
+    ),
+    Symbol("vllm.v1.worker.worker_base:WorkerBase", "gains sae_steer_describe, for the start's handshake", until=_SEAM),
+    Symbol(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.load_model",
+        "hooks the model (V1 runner)",
+        "0.32 adds model=",
+        "a hook after load_model",
+    ),
+    Symbol(
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model",
+        "the same: it overrides the above and does not call it",
+        until="a hook after load_model",
+    ),
+    Symbol(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs",
+        "lays out the step's map once the batch is in order (V1 runner)",
+        "returns two values in 0.26 and three from 0.28",
+        "a per-step hook with the batch",
+    ),
+    Symbol("vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model", "begins and ends a step (V1 runner)"),
+    Symbol("vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens", "puts the sums on the output (V1 runner)"),
+    Symbol("vllm.v1.worker.gpu.model_runner:GPUModelRunner.load_model", "hooks the model (V2 runner)"),
+    Symbol(
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_inputs",
+        "lays out the step's map (V2 runner)",
+        "arguments were added in 0.28 and 0.31; the InputBatch it returns has what is needed in all",
+        "ModelState, once its methods see the batch of every step",
+    ),
+    Symbol("vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model", "begins and ends a step (V2 runner)"),
+    Symbol("vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens", "puts the sums on the output (V2 runner)"),
+    Symbol(
+        "vllm.plugins:load_endpoint_plugins",
+        "adds the refusal of steered requests where the endpoint plugin was not named",
+    ),
+    Symbol("vllm.config:CompilationConfig.static_forward_context", "where the op finds its site, as attention does"),
+    Symbol("vllm.forward_context:get_forward_context", "the same, while the model runs"),
+    Symbol("vllm.exceptions:VLLMValidationError", "what the front end answers with 400", "a ValueError in 0.26 only"),
+    Symbol("vllm.v1.outputs:EMPTY_MODEL_RUNNER_OUTPUT", "shared by all idle steps, so never written to"),
+    Symbol("vllm.sequence:IntermediateTensors", "carries sums from stage to stage of a pipeline"),
+)
+
+
+class Refused(RequestError, VLLMValidationError):
+    """A request that cannot be honoured, as vLLM's own front end knows such errors."""
+
+    def __init__(self, error: RequestError) -> None:
+        RequestError.__init__(self, error.message, param=error.param, code=error.code)
+        self.parameter, self.value = error.param, None
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def version() -> tuple[int, int]:
+    """Major and minor number of the running vLLM."""
+    major, minor, *_ = vllm.__version__.split(".")
+    return int(major), int(minor)
+
+
+def configured(vllm_config: Any) -> PluginConfig | None:
+    """The plugin's configuration of an engine; None where it has none.
+
+    Raises:
+        StartError: It cannot be used, with this version of vLLM or with the rest of the engine's configuration.
+    """
+    config = config_of(vllm_config.additional_config)
+    if config is not None and not TESTED[0] <= version() <= TESTED[1] and not config.allow_untested_vllm:
+        first, last = (".".join(map(str, v)) for v in TESTED)
+        raise StartError(
+            f"This is vLLM {vllm.__version__}, and the plugin was made for {first} to {last}. Install one of those, or "
+            'say "allow_untested_vllm": true in its configuration and run `sae-steer selftest` before you rely on it.'
+        )
+    return config
+
+
+def frontend_of(vllm_config: Any) -> Frontend | None:
+    """The front end of an engine; None where the plugin is not configured. Raises :class:`StartError`."""
+    config = configured(vllm_config)
+    if config is None:
+        return None
+    refuse_setup(vllm_config)
+    catalog = catalog_of(config)
+    bos = getattr(vllm_config.model_config.hf_text_config, "bos_token_id", None)
+    sites = catalog.sites(config.extra_sites())
+    return Frontend(catalog, VLLM, config.limits.limits(), sites, bos if isinstance(bos, int) else None)
+
+
+def register() -> None:
+    """Entry point ``vllm.general_plugins``: wraps what the ledger names, once a process."""
+    if getattr(vllm, MINE, False):
+        return
+    setattr(vllm, MINE, True)
+    op.found_by(lambda name: get_forward_context().no_compile_layers[name])
+    for where, wrap in _WRAPPERS.items():
+        _install(where, wrap)
+
+
+def _install(where: str, wrap: Callable[..., Any]) -> None:
+    """Puts a wrapper around a function of vLLM, under every name by which vLLM's modules know it."""
+    module_name, _, name = where.partition(":")
+    module = importlib.import_module(module_name)
+    owner_name, _, attribute = name.rpartition(".")
+    owner = getattr(module, owner_name) if owner_name else module
+    original = getattr(owner, attribute)
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrap(original, *args, **kwargs)
+
+    setattr(owner, attribute, wrapped)
+    for importer in _IMPORTERS.get(where, ()):
+        try:
+            other = importlib.import_module(importer)
+        except ModuleNotFoundError:
+            continue  # a version that has no such module
+        if getattr(other, attribute, None) is original:
+            setattr(other, attribute, wrapped)
+
+
+_IMPORTERS = {
+    "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys": (
+        "vllm.v1.core.block_pool",
+        "vllm.v1.simple_kv_offload.manager",
+    ),
+}
+
+
+# The engine: slots, cache keys, the way back.
+
+
+def _program_of(request: Any) -> Program | None:
+    """The program of a request in the engine, parsed once."""
+    found = request.__dict__.get(MINE, ...)
+    if found is ...:
+        extra = request.sampling_params.extra_args if request.sampling_params is not None else None
+        found = parse(extra[PROGRAM]) if extra and PROGRAM in extra else None
+        setattr(request, MINE, found)
+    return found  # type: ignore[no-any-return]
+
+
+def _block_keys(original: Any, request: Any, start: int, end: int, mm: int) -> Any:
+    keys, next_mm = original(request, start, end, mm)
+    program = _program_of(request)
+    if program is not None:
+        footprint = request.__dict__.get("_sae_steer_footprint")
+        if footprint is None:
+            footprint = Footprint(program.digest, program.pieces(request.num_prompt_tokens))
+            request._sae_steer_footprint = footprint
+        key = footprint.key(start, end)
+        if key is not None:
+            keys = (*(keys or ()), ("sae_steer", key))
+    return keys, next_mm
+
+
+def _scheduler_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    config = configured(self.vllm_config)
+    gate = Gate(buckets_of(config.limits.limits())) if config is not None else None
+    setattr(self, MINE, gate)
+
+
+def _preprocess(original: Any, self: Any, request: Any) -> Any:
+    result = original(self, request)
+    program = _program_of(result[0])
+    if program is not None:
+        config = configured(self.vllm_config)
+        if config is None:
+            raise StartError("A steered request came to an engine without the plugin's configuration.")
+        catalog = catalog_of(config)
+        check(program, catalog, config.limits.limits(), catalog.sites(config.extra_sites()))
+    return result
+
+
+def _add_request(original: Any, self: Any, request: Any) -> None:
+    program = _program_of(request)
+    if program is not None and request.request_id not in self.requests:
+        params = request.sampling_params
+        slot = getattr(self, MINE).enter(request.request_id, request, program, may_end=bool(params.stop))
+        if slot is None:
+            return
+        _give(request, slot)
+    original(self, request)
+
+
+def _give(request: Any, slot: Any) -> None:
+    params = request.sampling_params
+    # Not in place: choices of one request share the dictionary.
+    params.extra_args = {**params.extra_args, SLOT: [slot.bucket, slot.index]}
+
+
+def _free_request(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    result = original(self, request, *args, **kwargs)
+    gate = getattr(self, MINE)
+    if gate is not None:
+        for admitted, slot in gate.leave(request.request_id):
+            _give(admitted, slot)
+            self.add_request.__wrapped__(self, admitted)
+    return result
+
+
+def _finish_requests(original: Any, self: Any, request_ids: Any, finished_status: Any) -> Any:
+    gate = getattr(self, MINE)
+    if gate is None:
+        return original(self, request_ids, finished_status)
+    names = None if request_ids is None else {request_ids} if isinstance(request_ids, str) else set(request_ids)
+    gone = gate.drop(names)
+    for request in gone:
+        request.status = finished_status
+    return original(self, names, finished_status) + gone
+
+
+def _update_from_output(original: Any, self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+    snapshot = getattr(model_runner_output, ON_OUTPUT, None)
+    gate = getattr(self, MINE)
+    if snapshot is None or gate is None:
+        return original(self, scheduler_output, model_runner_output)
+    values = snapshot.slices()
+    may_end = {name for name in values if gate.may_end(name)}  # asked now: those that end leave the gate
+    clients = {name: self.requests[name].client_index for name in snapshot.failed() if name in self.requests}
+    outputs = original(self, scheduler_output, model_runner_output)
+    for batch in outputs.values():
+        for output in batch.outputs:
+            name = output.request_id
+            if name in values and (output.finish_reason is not None or name in may_end) and name not in clients:
+                _attach(output, payload_of(values[name], None))
+    if clients:
+        self.finish_requests(list(clients), RequestStatus.FINISHED_ERROR)
+    for name, client in clients.items():
+        batch = outputs.setdefault(client, EngineCoreOutputs())
+        batch.outputs = [output for output in batch.outputs if output.request_id != name]
+        failed = EngineCoreOutput(request_id=name, new_token_ids=[], finish_reason=FinishReason.ERROR)
+        _attach(failed, payload_of(values.get(name), snapshot.errors.get(name)))
+        batch.outputs.append(failed)
+    return outputs
+
+
+def _attach(output: Any, payload: dict[str, Any]) -> None:
+    output.kv_transfer_params = {**(output.kv_transfer_params or {}), **payload}
+
+
+# The front end: from a request to a program, and back.
+
+
+def _input_init(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    setattr(self, MINE, frontend_of(vllm_config))  # first: the start is refused before anything is loaded
+    original(self, vllm_config, *args, **kwargs)
+
+
+def _process_inputs(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    request = original(self, *args, **kwargs)
+    params = request.sampling_params
+    if params is None or not params.extra_args:
+        return request
+    try:
+        extra = admit(getattr(self, MINE), params.extra_args)
+        if extra and PROGRAM in extra and (request.prompt_embeds is not None or request.resumable):
+            raise RequestError("steering: this engine steers prompts of tokens, which are whole.", param="steering")
+    except RequestError as error:
+        raise Refused(error) from None
+    params.extra_args = extra
+    return request
+
+
+def _follow(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, request, *args, **kwargs)
+    extra = request.sampling_params.extra_args if request.sampling_params is not None else None
+    if extra and PROGRAM in extra:
+        frontend: Frontend = getattr(self, MINE)
+        setattr(self.request_states[request.request_id], MINE, frontend.follow(extra[PROGRAM], extra.get(TICKET)))
+
+
+def _engine_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    setattr(self.output_processor, MINE, getattr(self.input_processor, MINE))
+
+
+def _process_outputs(original: Any, self: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    for output in outputs:
+        if output.kv_transfer_params:
+            mine, output.kv_transfer_params = take(output.kv_transfer_params)
+            follow = getattr(self.request_states.get(output.request_id), MINE, None)
+            if mine and follow is not None:
+                follow.take(mine)
+    return original(self, outputs, *args, **kwargs)
+
+
+def _completion_output(
+    original: Any, self: Any, token_ids: Any, finish_reason: Any, *args: Any, **kwargs: Any
+) -> Any:
+    completion = original(self, token_ids, finish_reason, *args, **kwargs)
+    follow = getattr(self, MINE, None)
+    if follow is not None and finish_reason is not None:
+        completion.steering = follow.finish(self.external_req_id, self.request_index)
+    return completion
+
+
+def _load_endpoint_plugins(original: Any, *args: Any, **kwargs: Any) -> Any:
+    from sae_steer_vllm.endpoint import NAME, Refusing
+
+    plugins = original(*args, **kwargs)
+    return plugins if any(plugin.name == NAME for plugin in plugins) else [*plugins, Refusing()]
+
+
+# The model: tables, hooks and the step's map. One adapter for each of vLLM's model runners.
+
+
+def _load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    config = configured(self.vllm_config)
+    worker = _worker(self, config) if config is not None else None
+    setattr(self, MINE, worker)
+
+
+def _worker(runner: Any, config: PluginConfig) -> Worker:
+    catalog = catalog_of(config)
+    model_config, parallel = runner.vllm_config.model_config, runner.vllm_config.parallel_config
+    shape = Shape(
+        hidden=model_config.get_hidden_size(),
+        heads=model_config.hf_text_config.num_attention_heads * model_config.get_head_size(),
+        vocabulary=model_config.get_vocab_size(),
+        dtype=model_config.dtype,
+        device=runner.device,
+        max_tokens=runner.max_num_tokens,
+        ranks=parallel.tensor_parallel_size,
+    )
+    worker = Worker(
+        runner.get_model(), catalog, config.limits.limits(), catalog.sites(config.extra_sites()), shape
+    )
+    context = runner.vllm_config.compilation_config.static_forward_context
+    context.update(worker.editors)
+    sites = ", ".join(str(site) for site in worker.hooked) or "none in this stage"
+    logger.info("Steering: %s; %.1f MiB of tables and maps.", sites, worker.nbytes / 2**20)
+    return worker
+
+
+def _describe(self: Any) -> dict[str, Any] | None:
+    """What a worker has, asked by the front end over ``collective_rpc``."""
+    worker: Worker | None = getattr(self.model_runner, MINE, None)
+    return worker.describe() if worker is not None else None
+
+
+def _prepare_v1(original: Any, self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    result = original(self, scheduler_output, *args, **kwargs)
+    worker: Worker | None = getattr(self, MINE)
+    if worker is not None:
+        worker.begin(
+            self.input_batch.req_ids,
+            self.query_start_loc.gpu,
+            self.positions if isinstance(self.positions, torch.Tensor) else self.positions.gpu,
+            self.input_ids.gpu,
+            scheduler_output.total_num_scheduled_tokens,
+        )
+    return result
+
+
+def _prepare_v2(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    batch = original(self, *args, **kwargs)
+    worker: Worker | None = getattr(self, MINE)
+    if worker is not None:
+        worker.begin(batch.req_ids, batch.query_start_loc, batch.positions, batch.input_ids, batch.num_tokens)
+    return batch
+
+
+def _execute_model(
+    original: Any, self: Any, scheduler_output: Any, intermediate_tensors: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    worker: Worker | None = getattr(self, MINE)
+    if worker is None or kwargs.get("dummy_run") or (args and args[0]):
+        return original(self, scheduler_output, intermediate_tensors, *args, **kwargs)
+    worker.forget(scheduler_output.finished_req_ids)
+    for request in scheduler_output.scheduled_new_reqs:
+        if request.sampling_params is not None and request.prompt_token_ids is not None:
+            worker.meet(request.req_id, request.sampling_params.extra_args, len(request.prompt_token_ids))
+    before = None
+    if intermediate_tensors is not None and CARRIED[0] in intermediate_tensors.tensors:
+        before = Carried(*(intermediate_tensors.tensors.pop(name) for name in CARRIED))
+    result = original(self, scheduler_output, intermediate_tensors, *args, **kwargs)
+    done = worker.end(before)
+    if isinstance(result, IntermediateTensors):
+        if done is not None:
+            result.tensors.update(zip(CARRIED, (done.sums, done.touched), strict=True))
+    else:
+        self._sae_steer_done = worker.snapshot(done)
+    return result
+
+
+def _sample_tokens(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    result = original(self, *args, **kwargs)
+    snapshot, self._sae_steer_done = getattr(self, "_sae_steer_done", None), None
+    if snapshot is None or result is None or result is EMPTY_MODEL_RUNNER_OUTPUT:
+        return result
+    if hasattr(result, "get_output"):  # of asynchronous scheduling: the output itself comes later
+        get_output = result.get_output
+
+        def with_snapshot() -> Any:
+            output = get_output()
+            setattr(output, ON_OUTPUT, snapshot)
+            return output
+
+        result.get_output = with_snapshot
+    else:
+        setattr(result, ON_OUTPUT, snapshot)
+    return result
+
+
+_V1, _V2 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner", "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_WRAPPERS: dict[str, Callable[..., Any]] = {
+    "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys": _block_keys,
+    f"{_SCHEDULER}.__init__": _scheduler_init,
+    f"{_SCHEDULER}.add_request": _add_request,
+    f"{_SCHEDULER}.finish_requests": _finish_requests,
+    f"{_SCHEDULER}._free_request": _free_request,
+    f"{_SCHEDULER}.update_from_output": _update_from_output,
+    "vllm.v1.engine.core:EngineCore.preprocess_add_request": _preprocess,
+    "vllm.v1.engine.input_processor:InputProcessor.__init__": _input_init,
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs": _process_inputs,
+    "vllm.v1.engine.async_llm:AsyncLLM.__init__": _engine_init,
+    "vllm.v1.engine.llm_engine:LLMEngine.__init__": _engine_init,
+    "vllm.v1.engine.output_processor:OutputProcessor.add_request": _follow,
+    "vllm.v1.engine.output_processor:OutputProcessor.process_outputs": _process_outputs,
+    "vllm.v1.engine.output_processor:RequestState._new_completion_output": _completion_output,
+    "vllm.plugins:load_endpoint_plugins": _load_endpoint_plugins,
+    "vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model": _load_model,
+    f"{_V1}.load_model": _load_model,
+    f"{_V1}._prepare_inputs": _prepare_v1,
+    f"{_V1}.execute_model": _execute_model,
+    f"{_V1}.sample_tokens": _sample_tokens,
+    f"{_V2}.load_model": _load_model,
+    f"{_V2}.prepare_inputs": _prepare_v2,
+    f"{_V2}.execute_model": _execute_model,
+    f"{_V2}.sample_tokens": _sample_tokens,
+}

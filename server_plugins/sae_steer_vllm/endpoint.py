@@ -1,0 +1,2 @@
+NAME="sae_steer"
+class Refusing: name="x"

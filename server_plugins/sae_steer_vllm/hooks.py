@@ -1,0 +1,110 @@
+"""Sites as forward hooks on vLLM's modules: what they call is traced into the compiled graph."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from sae_steer.errors import SiteError
+from sae_steer.sites import Kind, Place, Site
+from sae_steer_vllm.families import locate
+from sae_steer_vllm.op import edit_site
+
+def install(model: nn.Module, site: Site, name: str) -> bool:
+    """Hooks a site into a model.
+
+    Args:
+        model: vLLM's model.
+        site: The site.
+        name: What the op is called with.
+
+    Returns:
+        Whether the site is in this process; False where another stage of a pipeline has it.
+
+    Raises:
+        SiteError: The model has no such place, or a site's two places are in different stages.
+    """
+    reader, _ = locate(model, site.read)
+    writer, _ = locate(model, site.write)
+    if (reader is None) != (writer is None):
+        raise SiteError(f"{site}: its two places are in different stages of the pipeline. Move the split.")
+    if reader is None:
+        return False
+    if site.read == site.write:
+        _tap(model, site.write, lambda y, residual: edit_site(y, name, residual=residual))
+        return True
+    kept: list[Tensor] = []
+
+    def keep(x: Tensor, residual: Tensor | None) -> None:
+        # The fused norms add the residual in place: what was read must be taken now.
+        kept[:] = [x + residual if residual is not None else x.clone()]
+
+    def edit(y: Tensor, residual: Tensor | None) -> None:
+        edit_site(y, name, read=kept.pop())
+
+    _tap(model, site.read, keep)
+    _tap(model, site.write, edit)
+    return True
+
+
+def _tap(model: nn.Module, place: Place, act: Callable[[Tensor, Tensor | None], None]) -> None:
+    """Calls ``act(x, residual)`` on the tensor at a place; ``residual`` is None where the tensor is whole."""
+    module, side = locate(model, place)
+    assert module is not None  # the caller asked
+    if side == "output":
+
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, Tensor):
+                act(output, None)
+            else:
+                act(output[0], output[1] if place.kind is Kind.RESID_POST else None)
+
+        module.register_forward_hook(after)
+        return
+
+    # The embedding's output enters the first layer, and is not only its own.
+    copies = place.kind is Kind.RESID_PRE
+    where = _Where.of(module) if copies else _Where(0, 1)
+
+    def before(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        x, residual = where.find(args, kwargs)
+        if not copies:
+            act(x, residual if place.kind is Kind.RESID_MID else None)
+            return None
+        x = torch.clone(x)
+        act(x, residual)
+        return where.put(x, args, kwargs)
+
+    module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+class _Where(NamedTuple):
+    """Where the two parts of the residual stream are among a call's arguments."""
+
+    hidden: int
+    residual: int
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Self:
+        """As a decoder layer's own signature has them; raises :class:`SiteError` where it has none."""
+        names = list(inspect.signature(layer.forward).parameters)
+        if "hidden_states" not in names:
+            raise SiteError(f"vLLM's {type(layer).__name__} has no argument 'hidden_states'.")
+        return cls(names.index("hidden_states"), names.index("residual") if "residual" in names else len(names))
+
+    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The two parts; the second is None where the tensor is whole."""
+        x = args[self.hidden] if self.hidden < len(args) else kwargs["hidden_states"]
+        return x, args[self.residual] if self.residual < len(args) else kwargs.get("residual")
+
+    def put(
+        self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with another first part."""
+        if self.hidden < len(args):
+            return (*args[: self.hidden], x, *args[self.hidden + 1 :]), kwargs
+        return args, kwargs | {"hidden_states": x}

@@ -1,0 +1,279 @@
+"""The plugin beside the model: tables, hooks, and the step's map; one of these in every worker."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sae_steer.catalog import Catalog
+from sae_steer.device_step import DeviceStep
+from sae_steer.edit_layer import EditLayer
+from sae_steer.errors import SiteError, SteerError
+from sae_steer.limits import Limits
+from sae_steer.program import Program
+from sae_steer.runs import TOUCHED, columns
+from sae_steer.sites import Kind, Place, Site
+from sae_steer.slots import Slot, buckets_of
+from sae_steer.tables import SiteTables
+from sae_steer.wire import parse
+from sae_steer_vllm.channel import PROGRAM, SLOT, Snapshot
+from sae_steer_vllm.hooks import install
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the plugin must know of a running model.
+
+    Args:
+        hidden: Width of the residual stream.
+        heads: Width of ``z``.
+        vocabulary: Token ids are below this number.
+        dtype: Its element type.
+        device: Where it runs.
+        max_tokens: Most tokens of a step, padding and all.
+        ranks: Processes that share each layer.
+    """
+
+    hidden: int
+    heads: int
+    vocabulary: int
+    dtype: torch.dtype
+    device: torch.device
+    max_tokens: int
+    ranks: int = 1
+
+    def width(self, place: Place) -> int:
+        """Width of the tensor at a place."""
+        return self.heads if place.kind is Kind.Z else self.hidden
+
+
+@dataclass(slots=True)
+class Editor:
+    """One site, as the op finds it while the model runs.
+
+    Args:
+        number: Its number among the sites.
+        layer: Its tables and the edit.
+        step: The step's map and sums.
+    """
+
+    number: int
+    layer: EditLayer
+    step: DeviceStep
+    buckets: frozenset[int] = frozenset()
+
+    def arm(self, buckets: frozenset[int]) -> None:
+        """Says which buckets have a program here in the next step."""
+        if buckets != self.buckets:
+            self.buckets = buckets
+            self.layer.arm(buckets)
+
+    def edit(self, y: Tensor, read: Tensor | None, residual: Tensor | None) -> None:
+        """Edits ``y [T, D]``, and adds to the sums what that did."""
+        if not self.buckets:
+            return
+        # Rows of the map are rows of the batch: a host that gives a site part of them would edit the wrong ones.
+        if not self.step.tokens <= y.shape[0] <= self.step.capacity:
+            raise RuntimeError(f"{self.layer.site} got {y.shape[0]} rows in a step of {self.step.tokens} tokens")
+        self.layer(y, read, residual)
+        for bucket in self.buckets:
+            self.step.count(bucket, self.number, self.layer.tables.tables[bucket])
+
+
+@dataclass(slots=True)
+class _Run:
+    """A steered request on this worker."""
+
+    program: Program
+    slot: Slot
+    row: int
+    columns: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What a forward pass did, from stage to stage of a pipeline.
+
+    Args:
+        sums: ``[N]`` float64, the sums of the step's steered requests, one after the other.
+        touched: ``[T]`` bool, the tokens that were touched at any site.
+    """
+
+    sums: Tensor
+    touched: Tensor
+
+
+class Worker:
+    """Steers the part of a model that one worker has.
+
+    Args:
+        model: vLLM's model.
+        catalog: What the names mean.
+        limits: What the slots hold.
+        sites: All sites, in the model's order.
+        shape: What the model is.
+
+    Raises:
+        StartError: Something does not fit the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, catalog: Catalog, limits: Limits, sites: Sequence[Site], shape: Shape
+    ) -> None:
+        sharded = [site for site in sites if Kind.Z in (site.read.kind, site.write.kind)]
+        if sharded and shape.ranks > 1:
+            raise SiteError(
+                f"{sharded[0]}: under tensor parallelism no process sees the whole of it, and a feature needs the "
+                "whole. Serve with --tensor-parallel-size 1, or use an SAE of the residual stream."
+            )
+        self.sites = tuple(sites)
+        self.catalog = catalog
+        self.hooked: list[Site] = []
+        buckets = buckets_of(limits)
+        self.step = DeviceStep(
+            buckets,
+            sites=len(sites),
+            capacity=shape.max_tokens,
+            vocabulary=shape.vocabulary,
+            device=shape.device,
+        )
+        self.editors: dict[str, Editor] = {}
+        for number, site in enumerate(sites):
+            name = f"sae_steer.{site}"
+            if not install(model, site, name):
+                continue
+            tables = SiteTables.fit(
+                site,
+                catalog,
+                buckets=buckets,
+                width=shape.width(site.read),
+                width_out=shape.width(site.write),
+                dtype=shape.dtype,
+                device=shape.device,
+            )
+            self.editors[name] = Editor(number, EditLayer(tables, self.step, self.step.buffers), self.step)
+            self.hooked.append(site)
+        self._runs: dict[str, _Run] = {}
+        self._loaded: dict[Slot, str] = {}
+        self._errors: dict[str, tuple[str, str]] = {}
+        self._here: list[str] = []  # the steered requests of the step
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tables and maps."""
+        return self.step.nbytes + sum(editor.layer.tables.nbytes for editor in self.editors.values())
+
+    def describe(self) -> dict[str, Any]:
+        """What this worker has, for the front end to compare with what it thinks."""
+        return {
+            "saes": {name: entry.sae.fingerprint for name, entry in self.catalog.saes.items()},
+            "vectors": {name: vector.fingerprint for name, vector in self.catalog.vectors.items()},
+            "sites": [str(site) for site in self.hooked],
+            "bytes": self.nbytes,
+        }
+
+    def forget(self, requests: Sequence[str] | set[str]) -> None:
+        """Drops requests that have ended."""
+        for request in requests:
+            run = self._runs.pop(request, None)
+            self._errors.pop(request, None)
+            if run is not None:
+                self.step.runs[run.slot.bucket].remove(run.row)
+
+    def meet(self, request: str, extra_args: Mapping[str, Any] | None, prompt_length: int) -> None:
+        """Learns of a request, once it is scheduled; one that was preempted and comes back is known already."""
+        if not extra_args or PROGRAM not in extra_args or request in self._runs:
+            return
+        program = parse(extra_args[PROGRAM])
+        slot = Slot(*extra_args[SLOT])
+        try:
+            self._load(program, slot)
+        except SteerError as error:
+            # Nothing may be raised here: it would end the engine for everybody. The request ends with this error.
+            self._errors[request] = (error.code, error.message)
+            return
+        runs = self.step.runs[slot.bucket]
+        used = torch.from_numpy(columns(program, self.sites, runs.rows)).to(runs.device)
+        self._runs[request] = _Run(program, slot, runs.add(program, slot.index, prompt_length), used)
+
+    def _load(self, program: Program, slot: Slot) -> None:
+        """Fills a slot that the scheduler gave to a program, unless it has it already."""
+        if self._loaded.get(slot) == program.digest:
+            return
+        self._loaded.pop(slot, None)
+        parts = {part.site: part for part in program.sites}
+        for editor in self.editors.values():
+            tables = editor.layer.tables
+            if tables.site in parts:
+                tables.write(slot.bucket, slot.index, parts[tables.site], program)
+            else:
+                tables.clear(slot.bucket, slot.index)
+        self.step.load(slot.bucket, slot.index, program)
+        self._loaded[slot] = program.digest
+
+    def begin(self, requests: Sequence[str], starts: Tensor, positions: Tensor, tokens: Tensor, count: int) -> None:
+        """Lays out the next forward pass.
+
+        Args:
+            requests: The requests of the batch, in its order.
+            starts: ``[R + 1]`` where each one's tokens start, on the device.
+            positions: ``[T]`` absolute positions, on the device.
+            tokens: ``[T]`` token ids, on the device.
+            count: ``T``.
+        """
+        rows = [np.zeros(len(requests), dtype=np.int64) for _ in self.step.runs]
+        here: list[str] = []
+        armed: dict[Site, set[int]] = {}
+        for i, request in enumerate(requests):
+            run = self._runs.get(request)
+            if run is None:
+                if request in self._errors:
+                    here.append(request)
+                continue
+            here.append(request)
+            rows[run.slot.bucket][i] = run.row
+            for part in run.program.sites:
+                armed.setdefault(part.site, set()).add(run.slot.bucket)
+        self._here = here
+        self.step.fill(rows, starts, positions, tokens, count)
+        for editor in self.editors.values():
+            editor.arm(frozenset(armed.get(editor.layer.site, ())))
+
+    def end(self, before: Carried | None) -> Carried | None:
+        """Ends the forward pass.
+
+        Args:
+            before: What the earlier stages of the pipeline did in this step.
+
+        Returns:
+            What was done up to and with this stage; None where no request was steered.
+        """
+        touched = self.step.finish(before.touched if before is not None else None)
+        runs = [self._runs[request] for request in self._here if request in self._runs]
+        self.step.clear()
+        for editor in self.editors.values():
+            editor.arm(frozenset())
+        if touched is None:
+            return None
+        sums = torch.cat([self.step.runs[run.slot.bucket].sums[run.row][run.columns] for run in runs])
+        if before is not None:
+            # Sites of other stages are zero here. Touched tokens were handed on, and counted anew.
+            heads = torch.tensor(np.cumsum([0, *(len(run.columns) for run in runs[:-1])]), device=sums.device)
+            sums = sums + before.sums.to(sums.device).index_fill(0, heads + TOUCHED, 0.0)
+        return Carried(sums, touched)
+
+    def snapshot(self, done: Carried | None) -> Snapshot | None:
+        """What the scheduler gets of a step, from the last stage; None where no request was steered."""
+        errors = {request: self._errors[request] for request in self._here if request in self._errors}
+        if done is None:
+            return Snapshot({}, np.zeros(0), errors) if errors else None
+        ends: dict[str, int] = {}
+        end = 0
+        for request in self._here:
+            if request in self._runs:
+                end += len(self._runs[request].columns)
+                ends[request] = end
+        return Snapshot(ends, done.sums.cpu().numpy(), errors)
