@@ -7,17 +7,21 @@ import json
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from sae_steer.catalog import Catalog
 from sae_steer.compiler import MAX_SELECTORS
 from sae_steer.errors import SchemaError
 from sae_steer.limits import Limits
-from sae_steer.program import Program
+from sae_steer.program import Program, Row, Selector, SiteProgram
+from sae_steer.sae import Activation
+from sae_steer.schema import MAX_RANGES
 from sae_steer.sites import Site
+from sae_steer.tables import GAIN_BINS
 
 _PROGRAM: TypeAdapter[Program] = TypeAdapter(Program)
-_FINITE = ("scale", "shift", "gamma")
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def to_text(program: Program) -> str:
@@ -46,29 +50,69 @@ def _fault(program: Program, catalog: Catalog, limits: Limits, sites: Sequence[S
         return "it has no place, or more features at one place than a slot holds"
     if not 0 < len(program.selectors) <= MAX_SELECTORS:
         return "it has no selector, or too many"
+    if len(set(program.selectors)) != len(program.selectors) or not all(map(_selects, program.selectors)):
+        return "a selector is there twice, or holds nowhere that there is"
     if math.isnan(program.dose_limit) or program.dose_limit <= 0 or program.dose_limit > limits.dose_limit:
         return "its dose limit is not one of this host"
+    if not _fits(program.dose_limit):
+        return "its dose limit is too large for a float32"
     if len({part.site for part in program.sites}) != len(program.sites):
         return "one place is named twice"
     for part in program.sites:
         if part.site not in sites:
             return f"{part.site} is not hooked"
-        known = {
-            entry.sae.fingerprint: entry.sae.spec.n_features
-            for entry in catalog.saes.values()
-            if entry.site == part.site
-        }
-        if part.drop is not None and part.drop not in known:
-            return "it drops the error of an SAE that is not there"
-        vectors = {vector.fingerprint for vector in catalog.vectors.values()}
-        for row in part.rows:
-            inside = 0 <= row.feature < known.get(row.source, 0) or (row.feature == -1 and row.source in vectors)
-            if not inside:
-                return f"{row.source} has no feature {row.feature} at {part.site}"
-            if not -1 <= row.selector < len(program.selectors):
-                return "a row has a selector that is not there"
-            if row.gate is not None and not 0 <= row.gate.row < len(part.rows):
-                return "a row has a gate that is not there"
-            if not all(math.isfinite(getattr(row, name)) for name in _FINITE):
-                return "a row has a number that is not finite"
+        fault = _part_fault(part, len(program.selectors), catalog)
+        if fault is not None:
+            return fault
     return None
+
+
+def _selects(selector: Selector) -> bool:
+    """Whether a selector's numbers are positions, ranges and token ids that a request may name."""
+    numbers = [edge for bounds in selector.ranges for edge in bounds]
+    numbers += [*(selector.token_in or ()), *([selector.skip_token] if selector.skip_token is not None else [])]
+    ordered = all(start < end for start, end in selector.ranges)
+    return ordered and len(selector.ranges) <= MAX_RANGES and all(0 <= number < 2**31 for number in numbers)
+
+
+def _part_fault(part: SiteProgram, selectors: int, catalog: Catalog) -> str | None:
+    """What is wrong with a program at one site."""
+    entries = [entry for entry in catalog.saes.values() if entry.site == part.site]
+    known = {entry.sae.fingerprint: entry.sae.spec for entry in entries}
+    wholes = {entry.sae.fingerprint for entry in entries if entry.whole}
+    vectors = {vector.fingerprint for vector in catalog.vectors.values()} if part.site.read == part.site.write else ()
+    if not part.rows or len({(row.source, row.feature) for row in part.rows}) != len(part.rows):
+        return f"it names nothing at {part.site}, or one feature twice"
+    if part.drop is not None and part.drop not in wholes:
+        return "it drops the error of an SAE that is not there as a whole"
+    for row in part.rows:
+        spec = known.get(row.source)
+        inside = 0 <= row.feature < spec.n_features if spec is not None else row.feature == -1 and row.source in vectors
+        if not inside:
+            return f"{row.source} has no feature {row.feature} at {part.site}"
+        if spec is not None and spec.activation is Activation.TOPK and row.source not in wholes:
+            return f"{row.source} is a TopK SAE, and is not there as a whole"
+        if not -1 <= row.selector < selectors:
+            return "a row has a selector that is not there"
+        if row.gate is not None and not 0 <= row.gate.row < len(part.rows):
+            return "a row has a gate that is not there"
+        if not _numbers_fit(row):
+            return "a row has a number that is not finite, or too large for a float32"
+    return None
+
+
+def _numbers_fit(row: Row) -> bool:
+    """Whether the tables can hold a row's numbers; where one could not, its request would end the engine."""
+    bounds = [row.lo, row.hi, row.mask_lo, row.mask_hi]
+    bounds += [row.gate.above, row.gate.below] if row.gate is not None else []
+    finite = [row.scale, row.shift, row.gamma]
+    if row.gain is not None:
+        widths = row.gain.width_pos, row.gain.width_neg
+        if min(widths) < 0 or max(len(row.gain.positive), len(row.gain.negative)) > GAIN_BINS:
+            return False
+        finite += [*widths, *row.gain.positive, *row.gain.negative]
+    return all(map(_fits, bounds + finite)) and all(map(math.isfinite, finite))
+
+
+def _fits(number: float) -> bool:
+    return math.isinf(number) or abs(number) <= _LARGEST  # NaN is in no order

@@ -32,8 +32,9 @@ def _hook(
         x = kept.pop() if kept else y
         return edit_tokens(x[0], y[0], site, tokens, steering, catalog)[None]
 
-    def on_input(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (edited(args[0]), *args[1:])
+    def on_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        # In place: at resid_mid, the residual connection around the MLP has taken the same tensor already.
+        args[0].copy_(edited(args[0]))
 
     def on_output(_: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         return edited(output) if isinstance(output, Tensor) else (edited(output[0]), *output[1:])

@@ -7,7 +7,9 @@ import typer
 
 import sae_steer
 from sae_steer.schema import steering_json_schema
+from sae_steer_cli.selftest import SELFTEST_HELP, selftest
 from sae_steer_cli.serve import SERVE_HELP, serve
+from sae_steer_cli.vllm_args import VLLM_ARGS_HELP, vllm_args
 
 app = typer.Typer(
     name="sae-steer",
@@ -28,6 +30,8 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 app.command(help=SERVE_HELP)(serve)
+app.command("vllm-args", help=VLLM_ARGS_HELP)(vllm_args)
+app.command(help=SELFTEST_HELP)(selftest)
 
 
 @app.command()

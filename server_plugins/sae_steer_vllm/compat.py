@@ -1,6 +1,6 @@
 """Everything of vLLM that the plugin touches; no other file imports it.
 
-The plugin has no fork and no subclass of vLLM's own: it wraps the functions of :data:`LEDGER`, each for the reason
+The plugin has no fork and no subclass of vLLM's own: it wraps the functions of :mod:`.ledger`, each for the reason
 given there, and hands over to files that know nothing of vLLM. A wrapper adds to a call and never replaces it, and does
 nothing in an engine whose configuration does not name the plugin.
 """
@@ -8,10 +8,8 @@ nothing in an engine whose configuration does not name the plugin.
 import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import vllm
 from vllm.exceptions import VLLMValidationError
@@ -21,6 +19,7 @@ from vllm.sequence import IntermediateTensors
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 from vllm.v1.request import RequestStatus
+from vllm.v1.worker.worker_base import WorkerBase
 
 from sae_steer.capabilities import VLLM
 from sae_steer.errors import RequestError, StartError
@@ -28,7 +27,7 @@ from sae_steer.program import Footprint, Program
 from sae_steer.slots import buckets_of
 from sae_steer.wire import check, parse
 from sae_steer_vllm import op
-from sae_steer_vllm.channel import CARRIED, ON_OUTPUT, PROGRAM, SLOT, SUMS, TICKET, payload_of, take
+from sae_steer_vllm.channel import CARRIED, ON_OUTPUT, PROGRAM, SLOT, TICKET, payload_of, take
 from sae_steer_vllm.config import PluginConfig, catalog_of, config_of
 from sae_steer_vllm.frontend import Frontend, admit
 from sae_steer_vllm.gate import Gate
@@ -42,105 +41,6 @@ MINE = "_sae_steer"
 """Attribute under which vLLM's objects hold the plugin's parts."""
 
 logger = init_logger("vllm.sae_steer")
-
-
-@dataclass(frozen=True, slots=True)
-class Symbol:
-    """One thing of vLLM that the plugin wraps or calls.
-
-    Args:
-        where: Module and qualified name.
-        why: What for.
-        note: What differs between the versions.
-        until: What would make it unnecessary.
-    """
-
-    where: str
-    why: str
-    note: str = ""
-    until: str = ""
-
-
-_SEAM = "a seam in vLLM for per-request model edits"
-LEDGER: tuple[Symbol, ...] = (
-    Symbol(
-        "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
-        "keeps steered and unsteered blocks of the prefix cache apart",
-        "keys are bare up to 0.30 and pairs from 0.31; a pair is good in all",
-        "extra block keys as a request's own field",
-    ),
-    Symbol("vllm.v1.core.sched.scheduler:Scheduler.__init__", "makes the gate", until=_SEAM),
-    Symbol("vllm.v1.core.sched.scheduler:Scheduler.add_request", "gives a request its slot, or has it wait", until=_SEAM),
-    Symbol("vllm.v1.core.sched.scheduler:Scheduler.finish_requests", "ends requests that wait for a slot", until=_SEAM),
-    Symbol("vllm.v1.core.sched.scheduler:Scheduler._free_request", "gives the slot back", until=_SEAM),
-    Symbol(
-        "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
-        "sends sums to the front end, and ends requests that failed",
-        until="an open field on EngineCoreOutput",
-    ),
-    Symbol(
-        "vllm.v1.engine.core:EngineCore.preprocess_add_request",
-        "checks a program again, where a fault ends that request alone",
-        until=_SEAM,
-    ),
-    Symbol("vllm.v1.engine.input_processor:InputProcessor.__init__", "reads the configuration", until=_SEAM),
-    Symbol(
-        "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
-        "compiles what a request asks",
-        "keyword arguments were added in 0.28 and 0.31; from 0.27 it may run in a thread",
-        _SEAM,
-    ),
-    Symbol("vllm.v1.engine.output_processor:OutputProcessor.add_request", "follows steered requests", until=_SEAM),
-    Symbol(
-        "vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
-        "takes the sums from the outputs",
-        "0.32 adds weight_version",
-        "an open field on EngineCoreOutput",
-    ),
-    Symbol(
-        "vllm.v1.engine.output_processor:RequestState._new_completion_output",
-        "puts the report on the choice",
-        until="an open field on CompletionOutput",
-    ),
-    Symbol("vllm.v1.worker.worker_base:WorkerBase", "gains sae_steer_describe, for the start's handshake", until=_SEAM),
-    Symbol(
-        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.load_model",
-        "hooks the model (V1 runner)",
-        "0.32 adds model=",
-        "a hook after load_model",
-    ),
-    Symbol(
-        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model",
-        "the same: it overrides the above and does not call it",
-        until="a hook after load_model",
-    ),
-    Symbol(
-        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs",
-        "lays out the step's map once the batch is in order (V1 runner)",
-        "returns two values in 0.26 and three from 0.28",
-        "a per-step hook with the batch",
-    ),
-    Symbol("vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model", "begins and ends a step (V1 runner)"),
-    Symbol("vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens", "puts the sums on the output (V1 runner)"),
-    Symbol("vllm.v1.worker.gpu.model_runner:GPUModelRunner.load_model", "hooks the model (V2 runner)"),
-    Symbol(
-        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_inputs",
-        "lays out the step's map (V2 runner)",
-        "arguments were added in 0.28 and 0.31; the InputBatch it returns has what is needed in all",
-        "ModelState, once its methods see the batch of every step",
-    ),
-    Symbol("vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model", "begins and ends a step (V2 runner)"),
-    Symbol("vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens", "puts the sums on the output (V2 runner)"),
-    Symbol(
-        "vllm.plugins:load_endpoint_plugins",
-        "adds the refusal of steered requests where the endpoint plugin was not named",
-    ),
-    Symbol("vllm.config:CompilationConfig.static_forward_context", "where the op finds its site, as attention does"),
-    Symbol("vllm.forward_context:get_forward_context", "the same, while the model runs"),
-    Symbol("vllm.exceptions:VLLMValidationError", "what the front end answers with 400", "a ValueError in 0.26 only"),
-    Symbol("vllm.v1.outputs:EMPTY_MODEL_RUNNER_OUTPUT", "shared by all idle steps, so never written to"),
-    Symbol("vllm.sequence:IntermediateTensors", "carries sums from stage to stage of a pipeline"),
-)
 
 
 class Refused(RequestError, VLLMValidationError):
@@ -196,6 +96,7 @@ def register() -> None:
     op.found_by(lambda name: get_forward_context().no_compile_layers[name])
     for where, wrap in _WRAPPERS.items():
         _install(where, wrap)
+    WorkerBase.sae_steer_describe = _describe  # type: ignore[attr-defined]
 
 
 def _install(where: str, wrap: Callable[..., Any]) -> None:
@@ -258,7 +159,7 @@ def _block_keys(original: Any, request: Any, start: int, end: int, mm: int) -> A
 def _scheduler_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     original(self, *args, **kwargs)
     config = configured(self.vllm_config)
-    gate = Gate(buckets_of(config.limits.limits())) if config is not None else None
+    gate: Gate[Any] | None = Gate(buckets_of(config.limits.limits())) if config is not None else None
     setattr(self, MINE, gate)
 
 
@@ -387,14 +288,20 @@ def _process_outputs(original: Any, self: Any, outputs: Any, *args: Any, **kwarg
     return original(self, outputs, *args, **kwargs)
 
 
-def _completion_output(
-    original: Any, self: Any, token_ids: Any, finish_reason: Any, *args: Any, **kwargs: Any
-) -> Any:
+def _completion_output(original: Any, self: Any, token_ids: Any, finish_reason: Any, *args: Any, **kwargs: Any) -> Any:
     completion = original(self, token_ids, finish_reason, *args, **kwargs)
     follow = getattr(self, MINE, None)
     if follow is not None and finish_reason is not None:
         completion.steering = follow.finish(self.external_req_id, self.request_index)
     return completion
+
+
+def _to_sampling_params(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    if "steering" in (self.model_extra or ()):
+        # The middleware takes the field out of what it honours: this request came another way, as a batch file's do.
+        error = RequestError("steering: requests that come this way cannot be steered.", param="steering")
+        raise Refused(error)
+    return original(self, *args, **kwargs)
 
 
 def _load_endpoint_plugins(original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -426,9 +333,7 @@ def _worker(runner: Any, config: PluginConfig) -> Worker:
         max_tokens=runner.max_num_tokens,
         ranks=parallel.tensor_parallel_size,
     )
-    worker = Worker(
-        runner.get_model(), catalog, config.limits.limits(), catalog.sites(config.extra_sites()), shape
-    )
+    worker = Worker(runner.get_model(), catalog, config.limits.limits(), catalog.sites(config.extra_sites()), shape)
     context = runner.vllm_config.compilation_config.static_forward_context
     context.update(worker.editors)
     sites = ", ".join(str(site) for site in worker.hooked) or "none in this stage"
@@ -524,6 +429,8 @@ _WRAPPERS: dict[str, Callable[..., Any]] = {
     "vllm.v1.engine.output_processor:OutputProcessor.process_outputs": _process_outputs,
     "vllm.v1.engine.output_processor:RequestState._new_completion_output": _completion_output,
     "vllm.plugins:load_endpoint_plugins": _load_endpoint_plugins,
+    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_sampling_params": _to_sampling_params,
+    "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_sampling_params": _to_sampling_params,
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model": _load_model,
     f"{_V1}.load_model": _load_model,
     f"{_V1}._prepare_inputs": _prepare_v1,

@@ -12,6 +12,7 @@ from sae_steer.sites import Kind, Place, Site
 from sae_steer_vllm.families import locate
 from sae_steer_vllm.op import edit_site
 
+
 def install(model: nn.Module, site: Site, name: str) -> bool:
     """Hooks a site into a model.
 
@@ -101,9 +102,7 @@ class _Where(NamedTuple):
         x = args[self.hidden] if self.hidden < len(args) else kwargs["hidden_states"]
         return x, args[self.residual] if self.residual < len(args) else kwargs.get("residual")
 
-    def put(
-        self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def put(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with another first part."""
         if self.hidden < len(args):
             return (*args[: self.hidden], x, *args[self.hidden + 1 :]), kwargs

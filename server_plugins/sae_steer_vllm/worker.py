@@ -120,9 +120,7 @@ class Worker:
         StartError: Something does not fit the model.
     """
 
-    def __init__(
-        self, model: nn.Module, catalog: Catalog, limits: Limits, sites: Sequence[Site], shape: Shape
-    ) -> None:
+    def __init__(self, model: nn.Module, catalog: Catalog, limits: Limits, sites: Sequence[Site], shape: Shape) -> None:
         sharded = [site for site in sites if Kind.Z in (site.read.kind, site.write.kind)]
         if sharded and shape.ranks > 1:
             raise SiteError(
