@@ -10,7 +10,7 @@ from torch import Tensor
 from sae_steer.program import Program
 from sae_steer.runs import RunTable
 from sae_steer.slots import Bucket
-from sae_steer_kernels import EditBuffers, EditTable
+from sae_steer_kernels import EditBuffers
 
 
 class DeviceStep:
@@ -73,7 +73,7 @@ class DeviceStep:
             return
         self.tokens = count
         place = self._arange[:count]
-        request = torch.searchsorted(starts[1 : rows[0].size + 1].long().contiguous(), place, right=True)
+        request = (place[:, None] >= starts[1 : rows[0].size + 1]).sum(dim=1)
         positions = positions[:count].long()
         tokens = tokens[:count].long().clamp(0, self._vocabulary - 1)
         self._positions[:count] = positions
@@ -81,7 +81,8 @@ class DeviceStep:
         for number, (run, own) in enumerate(zip(self.runs, rows, strict=True)):
             if not own.any():
                 continue
-            row = torch.from_numpy(own).to(self.device)[request]
+            # Tokens beyond the last request are nobody's: ``count`` may be what the host hoped for.
+            row = torch.from_numpy(np.append(own, 0)).to(self.device)[request]
             slot = run.slot[row]
             held = run.held(row, positions) & self._by_token[number][slot, tokens]
             self.slots[number][:count] = torch.where(held != 0, slot, 0)
@@ -90,13 +91,11 @@ class DeviceStep:
             bits |= torch.where(row != 0, held, 0)
         self.bits[:count] = bits
 
-    def count(self, bucket: int, site: int, table: EditTable) -> None:
-        """Adds what an edit just reported to the sums of its runs."""
+    def count(self, bucket: int, site: int, select: Tensor) -> None:
+        """Adds what an edit just reported to the sums of its runs; ``select`` as in :meth:`RunTable.count`."""
         t = self.tokens
-        row, slots = self._rows[bucket][:t], self.slots[bucket][:t]
-        self._touched[:t] |= self.runs[bucket].count(
-            site, row, slots, self.bits[:t], table, self.buffers[bucket].first(t)
-        )
+        row, slots, buffers = self._rows[bucket][:t], self.slots[bucket][:t], self.buffers[bucket].first(t)
+        self._touched[:t] |= self.runs[bucket].count(site, row, slots, self.bits[:t], select, buffers)
 
     def finish(self, touched: Tensor | None = None) -> Tensor | None:
         """Ends a step.

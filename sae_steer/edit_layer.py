@@ -48,6 +48,7 @@ class EditLayer:
         # bake it in. ``enabled`` is their disjunction, for eager code, where an idle site costs one attribute look-up.
         self.active = tuple(torch.zeros((), dtype=torch.bool) for _ in tables.tables)
         self.enabled = False
+        self._buckets: frozenset[int] = frozenset()
         self._allocate(step.capacity)
 
     @property
@@ -77,7 +78,7 @@ class EditLayer:
 
     def arm(self, buckets: frozenset[int]) -> None:
         """Says which buckets have a program at this site in the next step; grows the buffers with the step's map."""
-        self.enabled = bool(buckets)
+        self.enabled, self._buckets = bool(buckets), buckets
         for number, flag in enumerate(self.active):
             flag.fill_(number in buckets)
         if self.capacity < self.step.capacity:
@@ -107,7 +108,10 @@ class EditLayer:
         tokens = y.shape[0]
         bits = self.step.bits[:tokens]
         base = self._base[:tokens] if self._base is not None else None
+        tracing = torch.compiler.is_compiling()  # a graph holds every bucket, whichever is armed
         for number, table in enumerate(self.tables.tables):
+            if not (tracing or number in self._buckets):
+                continue
             slots, active = self.step.slots[number][:tokens], self.active[number]
             all_ranks = self._ranks[number]
             ranks = all_ranks[:tokens] if all_ranks is not None else None

@@ -16,13 +16,14 @@ from sae_steer.errors import RunFailed
 from sae_steer.program import Program
 from sae_steer.report import SiteTally, failure_of
 from sae_steer.sites import Site
-from sae_steer_kernels import EditBuffers, EditTable, Flag, RowInt
+from sae_steer_kernels import EditBuffers, Flag
 
 # Columns of a run's sums: two for the request, then for each site these five and four for each row.
 TOUCHED, FAILED = range(2)
 _HEAD = 2
-_TOKENS, _DOSE_SUM, _DOSE_MAX, _LIMITED, _BROKEN = range(5)
+_TOKENS, _LIMITED, _BROKEN, _DOSE_SUM, _DOSE_MAX = range(5)
 _SITE_HEAD = 5
+_MARKS = torch.tensor([int(Flag.TOUCHED), int(Flag.OVER_DOSE), int(Flag.NON_FINITE)], dtype=torch.int32)
 _NEVER = torch.iinfo(torch.int64).max
 
 
@@ -93,6 +94,8 @@ class Sums:
             if failure is not None:
                 return failure
             at += _SITE_HEAD + 4 * len(part.rows)
+        if self.values[FAILED]:
+            return RunFailed("A process of the host could not load what steers this request, and so it was ended.")
         return None
 
 
@@ -109,6 +112,7 @@ class RunTable:
     def __init__(self, sites: int, rows: int, device: torch.device, capacity: int = 16) -> None:
         self.sites, self.rows, self.device = sites, rows, device
         self._free: list[int] = []
+        self._marks, self._zero = _MARKS.to(device), torch.zeros(1, 1, device=device)
         self._allocate(capacity + 1, pieces=4)
 
     def _allocate(self, size: int, pieces: int) -> None:
@@ -162,7 +166,7 @@ class RunTable:
         return self.masks[row].gather(1, piece.clamp_min(0)).squeeze(1)
 
     def count(
-        self, site: int, row: Tensor, slots: Tensor, bits: Tensor, table: EditTable, buffers: EditBuffers
+        self, site: int, row: Tensor, slots: Tensor, bits: Tensor, select: Tensor, buffers: EditBuffers
     ) -> Tensor:
         """Adds what a step did at one site.
 
@@ -171,27 +175,25 @@ class RunTable:
             row: ``[T]`` int64, the row of each token that counts; 0 for others.
             slots: ``[T]`` int32.
             bits: ``[T]`` int32.
-            table: The site's tables.
+            select: ``[S, K]`` int32: on which selectors each row of a slot holds.
             buffers: What the edit reported, ``T`` rows.
 
         Returns:
             ``[T]`` bool: the tokens that were touched.
         """
-        flags, dose = buffers.flags, buffers.dose
-        touched = (flags & int(Flag.TOUCHED)) != 0
-        select = table.row_int[:, :, RowInt.SELECT][slots]
-        held = ((bits[:, None] & select) != 0) & touched[:, None]
-        f, g = torch.where(held, buffers.before, 0), torch.where(held, buffers.after, 0)
-        over, broken = (flags & int(Flag.OVER_DOSE)) != 0, (flags & int(Flag.NON_FINITE)) != 0
-        told = torch.where(touched & dose.isfinite(), dose, 0)  # a token of length zero has no dose
+        marks = (buffers.flags[:, None] & self._marks) != 0
+        f, g = buffers.before, buffers.after
+        # An edit that does not hold leaves f' = f. Beyond the rows of a token's slot are values of other steps, in
+        # columns that no report reads.
+        held = (bits[:, None] & select.index_select(0, slots)) != 0
+        told = buffers.dose.nan_to_num(0.0, 0.0)  # a token of length zero has no dose
         width = _SITE_HEAD + 4 * self.rows
         sums = self.sums[:, _HEAD + site * width : _HEAD + (site + 1) * width]
-        head = torch.stack([touched, told, torch.zeros_like(told), over, broken], dim=1)
-        sums.index_add_(0, row, torch.cat([head, held, held & (f != g), f, g], dim=1).double())
+        zero = self._zero.expand(len(told), 1)  # the largest dose is no sum
+        parts = [marks, told[:, None], zero, held, f != g, f * held, g * held]
+        sums.index_add_(0, row, torch.cat(parts, dim=1).double())
         sums[:, _DOSE_MAX].scatter_reduce_(0, row, told.double(), "amax")
-        failed = broken.double() + over * self.fails[row]
-        self.sums[:, FAILED].index_add_(0, row, failed)
-        return touched
+        return marks[:, 0]
 
     def finish(self, row: Tensor, positions: Tensor, touched: Tensor) -> None:
         """Ends a step: counts the touched tokens, and remembers how far each request has come.
@@ -203,3 +205,10 @@ class RunTable:
         """
         self.sums[:, TOUCHED].index_add_(0, row, touched.double())
         self.seen.scatter_reduce_(0, row, positions, "amax")
+
+    def judge(self, rows: Tensor) -> None:
+        """Marks, of some rows ``[N]``, those whose request must end with an error."""
+        sites = self.sums[rows, _HEAD:].view(len(rows), self.sites, -1)
+        over, broken = sites[:, :, _LIMITED].sum(dim=1), sites[:, :, _BROKEN].sum(dim=1)
+        # One that failed before it ran stays so.
+        self.sums[rows, FAILED] = (broken + over * self.fails[rows]).maximum(self.sums[rows, FAILED])

@@ -14,7 +14,7 @@ from sae_steer.sae import Activation, FeatureRows, InputNorm, Sae
 from sae_steer.sites import Site
 from sae_steer.slots import Bucket
 from sae_steer_kernels import Act, EditTable, Norm, RowFloat, RowInt, SlotFloat, SlotInt
-from sae_steer_kernels.feature_edit import empty_rows
+from sae_steer_kernels.feature_edit import empty_rows, skips_of
 
 GAIN_BINS = 64
 
@@ -129,6 +129,10 @@ class SiteTables:
             )
             for bucket in buckets
         )
+        # On which selectors each row holds: a column of ``row_int``, apart for those that read nothing else.
+        self.selects = tuple(
+            torch.zeros(bucket.slots + 1, bucket.rows, dtype=torch.int32, device=device) for bucket in buckets
+        )
         self.device = device
         self.wholes = tuple(
             Whole.load(entry.sae, self._numbers[entry.sae.fingerprint], device) for entry in saes if entry.whole
@@ -222,7 +226,11 @@ class SiteTables:
         for i, row in enumerate(part.rows):
             if row.gain is not None:
                 _pack_gain(row.gain, table.gain[slot, i], table.row_float[slot, i])
+        self.selects[bucket][slot] = 0
+        self.selects[bucket][slot, :used] = table.row_int[slot, :used, RowInt.SELECT]
         table.slot_float[slot, SlotFloat.DOSE_LIMIT] = program.dose_limit
+        skips = skips_of(table.row_float[slot, :used], table.row_int[slot, :used], table.slot_float[slot])
+        table.slot_int[slot, SlotInt.SKIPS] = int(skips)
         table.slot_int[slot, SlotInt.ROWS] = used
         table.slot_int[slot, SlotInt.DROP_SELECT] = _mask(part.drop_selectors) if part.drop else 0
         table.slot_int[slot, SlotInt.DROP_SAE] = self._numbers[part.drop] if part.drop else -1

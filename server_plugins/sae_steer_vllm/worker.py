@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sae_steer.catalog import Catalog
@@ -14,13 +15,15 @@ from sae_steer.edit_layer import EditLayer
 from sae_steer.errors import SiteError, SteerError
 from sae_steer.limits import Limits
 from sae_steer.program import Program
-from sae_steer.runs import TOUCHED, columns
+from sae_steer.runs import FAILED, TOUCHED, columns
 from sae_steer.sites import Kind, Place, Site
 from sae_steer.slots import Slot, buckets_of
 from sae_steer.tables import SiteTables
 from sae_steer.wire import parse
 from sae_steer_vllm.channel import PROGRAM, SLOT, Snapshot
 from sae_steer_vllm.hooks import install
+
+_NONE: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,7 @@ class Editor:
             raise RuntimeError(f"{self.layer.site} got {y.shape[0]} rows in a step of {self.step.tokens} tokens")
         self.layer(y, read, residual)
         for bucket in self.buckets:
-            self.step.count(bucket, self.number, self.layer.tables.tables[bucket])
+            self.step.count(bucket, self.number, self.layer.tables.selects[bucket])
 
 
 @dataclass(slots=True)
@@ -91,6 +94,27 @@ class _Run:
     slot: Slot
     row: int
     columns: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What does not change while the batch holds the same requests.
+
+    Args:
+        requests: The requests, in order.
+        rows: For each bucket ``[R]``, the row of each request; 0 = none.
+        columns: For each bucket, the places of its requests' sums in the flattened table; None = it has none.
+        armed: Buckets that have a program at each site.
+        ends: Where each steered request's sums end, once they are gathered.
+        errors: Requests that could not be steered.
+    """
+
+    requests: list[str]
+    rows: list[NDArray[np.int64]]
+    columns: list[Tensor | None]
+    armed: Mapping[Site, frozenset[int]]
+    ends: dict[str, int]
+    errors: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +181,7 @@ class Worker:
         self._runs: dict[str, _Run] = {}
         self._loaded: dict[Slot, str] = {}
         self._errors: dict[str, tuple[str, str]] = {}
-        self._here: list[str] = []  # the steered requests of the step
+        self._batch: _Batch | None = None
 
     @property
     def nbytes(self) -> int:
@@ -180,22 +204,28 @@ class Worker:
             self._errors.pop(request, None)
             if run is not None:
                 self.step.runs[run.slot.bucket].remove(run.row)
+                self._batch = None
 
     def meet(self, request: str, extra_args: Mapping[str, Any] | None, prompt_length: int) -> None:
         """Learns of a request, once it is scheduled; one that was preempted and comes back is known already."""
         if not extra_args or PROGRAM not in extra_args or request in self._runs:
             return
+        self._batch = None
         program = parse(extra_args[PROGRAM])
         slot = Slot(*extra_args[SLOT])
+        index = slot.index
         try:
             self._load(program, slot)
         except SteerError as error:
             # Nothing may be raised here: it would end the engine for everybody. The request ends with this error.
             self._errors[request] = (error.code, error.message)
-            return
+            index = 0
         runs = self.step.runs[slot.bucket]
+        row = runs.add(program, index, prompt_length)
+        if index == 0:
+            runs.sums[row, FAILED] = 1.0  # so says an earlier stage of a pipeline to the last, which has loaded it
         used = torch.from_numpy(columns(program, self.sites, runs.rows)).to(runs.device)
-        self._runs[request] = _Run(program, slot, runs.add(program, slot.index, prompt_length), used)
+        self._runs[request] = _Run(program, slot, row, used)
 
     def _load(self, program: Program, slot: Slot) -> None:
         """Fills a slot that the scheduler gave to a program, unless it has it already."""
@@ -222,23 +252,39 @@ class Worker:
             tokens: ``[T]`` token ids, on the device.
             count: ``T``.
         """
-        rows = [np.zeros(len(requests), dtype=np.int64) for _ in self.step.runs]
-        here: list[str] = []
-        armed: dict[Site, set[int]] = {}
-        for i, request in enumerate(requests):
-            run = self._runs.get(request)
-            if run is None:
-                if request in self._errors:
-                    here.append(request)
-                continue
-            here.append(request)
-            rows[run.slot.bucket][i] = run.row
-            for part in run.program.sites:
-                armed.setdefault(part.site, set()).add(run.slot.bucket)
-        self._here = here
-        self.step.fill(rows, starts, positions, tokens, count)
+        if self._batch is None or self._batch.requests != requests:
+            self._batch = self._plan(requests)
+        self.step.fill(self._batch.rows, starts, positions, tokens, count)
         for editor in self.editors.values():
-            editor.arm(frozenset(armed.get(editor.layer.site, ())))
+            editor.arm(self._batch.armed.get(editor.layer.site, _NONE))
+
+    def _plan(self, requests: Sequence[str]) -> _Batch:
+        """What does not change while the batch holds the same requests."""
+        rows = [np.zeros(len(requests), dtype=np.int64) for _ in self.step.runs]
+        armed: dict[Site, set[int]] = {}
+        columns_of: list[list[Tensor]] = [[] for _ in rows]
+        ends: dict[str, int] = {}
+        end = 0
+        # By bucket, as their sums are gathered.
+        for bucket, table in enumerate(self.step.runs):
+            for i, request in enumerate(requests):
+                run = self._runs.get(request)
+                if run is None or run.slot.bucket != bucket:
+                    continue
+                rows[bucket][i] = run.row
+                columns_of[bucket].append(run.row * table.sums.shape[1] + run.columns)
+                end += len(run.columns)
+                ends[request] = end
+                for part in run.program.sites:
+                    armed.setdefault(part.site, set()).add(bucket)
+        return _Batch(
+            list(requests),
+            rows,
+            [torch.cat(found) if found else None for found in columns_of],
+            {site: frozenset(buckets) for site, buckets in armed.items()},
+            ends,
+            [request for request in requests if request in self._errors],
+        )
 
     def end(self, before: Carried | None) -> Carried | None:
         """Ends the forward pass.
@@ -250,28 +296,26 @@ class Worker:
             What was done up to and with this stage; None where no request was steered.
         """
         touched = self.step.finish(before.touched if before is not None else None)
-        runs = [self._runs[request] for request in self._here if request in self._runs]
         self.step.clear()
         for editor in self.editors.values():
-            editor.arm(frozenset())
-        if touched is None:
+            editor.arm(_NONE)
+        if touched is None or self._batch is None:
             return None
-        sums = torch.cat([self.step.runs[run.slot.bucket].sums[run.row][run.columns] for run in runs])
+        parts: list[Tensor] = []
+        for table, own, used in zip(self.step.runs, self._batch.rows, self._batch.columns, strict=True):
+            if used is not None:
+                table.judge(torch.from_numpy(own[own != 0]).to(table.device))
+                parts.append(table.sums.view(-1)[used])
+        sums = torch.cat(parts)
         if before is not None:
             # Sites of other stages are zero here. Touched tokens were handed on, and counted anew.
-            heads = torch.tensor(np.cumsum([0, *(len(run.columns) for run in runs[:-1])]), device=sums.device)
+            heads = torch.tensor([0, *list(self._batch.ends.values())[:-1]], device=sums.device)
             sums = sums + before.sums.to(sums.device).index_fill(0, heads + TOUCHED, 0.0)
         return Carried(sums, touched)
 
     def snapshot(self, done: Carried | None) -> Snapshot | None:
         """What the scheduler gets of a step, from the last stage; None where no request was steered."""
-        errors = {request: self._errors[request] for request in self._here if request in self._errors}
-        if done is None:
+        errors = {request: self._errors[request] for request in self._batch.errors} if self._batch is not None else {}
+        if done is None or self._batch is None:
             return Snapshot({}, np.zeros(0), errors) if errors else None
-        ends: dict[str, int] = {}
-        end = 0
-        for request in self._here:
-            if request in self._runs:
-                end += len(self._runs[request].columns)
-                ends[request] = end
-        return Snapshot(ends, done.sums.cpu().numpy(), errors)
+        return Snapshot(self._batch.ends, done.sums.cpu().numpy(), errors)

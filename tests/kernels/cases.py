@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sae_steer_kernels import Act, EditBuffers, EditTable, Norm, RowFloat, RowInt, SlotFloat, SlotInt
+from sae_steer_kernels.feature_edit import skips_of
 
 ACTS = [act for act in Act if act is not Act.TOPK]
 
@@ -130,4 +131,8 @@ def make_step(
         i[..., RowInt.ACT] = int(Act.TOPK)
         i[..., RowInt.TOPK] = 3
         step.rank = choice(list(range(6)), tokens, rows)
+    if seed % 2:  # 0 = nothing may be left out, which is right for every slot
+        for slot, rows_used in enumerate(used.tolist()):
+            skips = skips_of(f[slot, :rows_used], i[slot, :rows_used], table.slot_float[slot])
+            table.slot_int[slot, SlotInt.SKIPS] = int(skips)
     return step

@@ -11,7 +11,9 @@ The meaning is that of the design document, section 2. :mod:`.reference` is its 
 :mod:`.layout` names the packed scalars.
 """
 
+import functools
 import math
+import operator
 from dataclasses import dataclass
 from typing import Self
 
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sae_steer_kernels._op import Op
-from sae_steer_kernels.feature_edit.layout import Act, RowFloat, RowInt, SlotFloat, SlotInt
+from sae_steer_kernels.feature_edit.layout import Act, Norm, RowFloat, RowInt, Skip, SlotFloat, SlotInt
 from sae_steer_kernels.feature_edit.reference import feature_edit_reference
 from sae_steer_kernels.feature_edit.torch_impl import feature_edit_torch
 
@@ -45,6 +47,31 @@ def empty_rows(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Te
     ints[..., RowInt.ACT] = Act.IDENTITY
     ints[..., RowInt.WHEN_ROW] = -1
     return floats, ints
+
+
+def skips_of(row_float: Tensor, row_int: Tensor, slot_float: Tensor) -> Skip:
+    """What a slot does not ask for.
+
+    Args:
+        row_float: ``[K, len(RowFloat)]``, of the rows in use.
+        row_int: ``[K, len(RowInt)]``.
+        slot_float: ``[len(SlotFloat)]``.
+    """
+    act = row_int[:, RowInt.ACT]
+    unbounded = (row_float[:, RowFloat.LO] == -math.inf) & (row_float[:, RowFloat.HI] == math.inf)
+    widths = row_float[:, [RowFloat.GAIN_WIDTH_POS, RowFloat.GAIN_WIDTH_NEG]]
+    plain = (act == Act.IDENTITY) | (act == Act.RELU) | (act == Act.JUMPRELU)
+    unasked = {
+        Skip.NORM: (row_int[:, RowInt.NORM] == Norm.NONE).all(),
+        Skip.ACTIVATION: plain.all(),
+        Skip.GAIN: (widths == 0).all(),
+        Skip.MASK: (row_float[:, RowFloat.MASK_LO] > row_float[:, RowFloat.MASK_HI]).all(),
+        Skip.BOUNDS: unbounded.all(),
+        Skip.UNITS: (row_int[:, RowInt.NORM_UNITS] == 0).all(),
+        Skip.GATE: (row_int[:, RowInt.WHEN_ROW] < 0).all(),
+        Skip.LIMIT: slot_float[SlotFloat.DOSE_LIMIT] == math.inf,
+    }
+    return functools.reduce(operator.or_, (skip for skip, holds in unasked.items() if bool(holds)), Skip(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,15 +184,8 @@ def _feature_edit(
     base: Tensor | None = None,
     rank: Tensor | None = None,
 ) -> None:
-    # ``active`` lives on the CPU, so that reading it costs no device synchronisation, and is a tensor, so that a
-    # compiled graph does not bake its value in.
-    if not bool(active):
-        flags.zero_()
-        dose.zero_()
-        return
     tables = (enc, dec, row_float, row_int, slot_float, slot_int, gain)
-    implementation = FEATURE_EDIT.implementation(y.device)
-    implementation(y, slots, bits, *tables, before, after, dose, flags, read, residual, base, rank)
+    _run(y, slots, bits, active, tables, (before, after, dose, flags), (read, residual, base, rank))
 
 
 @_feature_edit.register_fake
@@ -191,6 +211,25 @@ def _(
     rank: Tensor | None = None,
 ) -> None:
     return None
+
+
+def _run(
+    y: Tensor,
+    slots: Tensor,
+    bits: Tensor,
+    active: Tensor,
+    tables: tuple[Tensor, ...],
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    inputs: tuple[Tensor | None, ...],
+) -> None:
+    # ``active`` lives on the CPU, so that reading it costs no device synchronisation, and is a tensor, so that a
+    # compiled graph does not bake its value in.
+    if bool(active):
+        FEATURE_EDIT.implementation(y.device)(y, slots, bits, *tables, *outputs, *inputs)
+    else:
+        *_, dose, flags = outputs
+        flags.zero_()
+        dose.zero_()
 
 
 def feature_edit(
@@ -222,6 +261,10 @@ def feature_edit(
     """
     tables = (table.enc, table.dec, table.row_float, table.row_int, table.slot_float, table.slot_int, table.gain)
     outputs = (buffers.before, buffers.after, buffers.dose, buffers.flags)
+    if not torch.compiler.is_compiling():
+        # Without a graph to hold it, the op's own dispatch would cost as much as a small edit.
+        _run(y, slots, bits, active, tables, outputs, (read, residual, base, rank))
+        return
     _feature_edit(y, slots, bits, active, *tables, *outputs, read, residual, base, rank)
 
 

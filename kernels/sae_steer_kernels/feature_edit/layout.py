@@ -73,6 +73,20 @@ class SlotInt(enum.IntEnum):
     ROWS = 0  # rows in use
     DROP_SELECT = 1  # bit mask: tokens whose bits meet it lose the reconstruction error (``base`` is added)
     DROP_SAE = 2  # number, at its site, of the SAE whose error is dropped
+    SKIPS = 3  # a Skip: what no row in use asks for
+
+
+class Skip(enum.IntFlag):
+    """What no row of a slot asks for, so that an implementation may leave it out; 0 = leave nothing out."""
+
+    NORM = 1  # every NORM is NONE
+    ACTIVATION = 2  # every ACT is IDENTITY, RELU or JUMPRELU
+    GAIN = 4  # no gain table
+    MASK = 8  # no masked range
+    BOUNDS = 16  # every LO and HI is infinite
+    UNITS = 32  # no NORM_UNITS
+    GATE = 64  # no WHEN_ROW
+    LIMIT = 128  # DOSE_LIMIT is infinite
 
 
 class Flag(enum.IntFlag):

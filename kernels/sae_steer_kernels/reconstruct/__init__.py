@@ -58,7 +58,7 @@ def reconstruct(
     norm = row_int[:, RowInt.NORM]
     pre, scale = preactivations(x, enc, row_float, norm)
     f = activations(pre, row_float, row_int, _ranks(pre) if int(row_int[0, RowInt.TOPK]) else None)
-    decoded = (f * scale) @ dec + dec_bias * scale[:, :1]
+    decoded = f @ dec + dec_bias if scale is None else (f * scale) @ dec + dec_bias * scale[:, :1]
     if int(norm[0]) in (Norm.CENTER, Norm.LAYER_NORM):
         decoded = decoded + x.mean(dim=1, keepdim=True)
     base[tokens] = decoded - written
