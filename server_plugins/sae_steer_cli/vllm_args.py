@@ -27,7 +27,7 @@ Serve with it. VLLM_PLUGINS names the plugin, which vLLM's API server asks for:
 
     VLLM_PLUGINS=sae_steer vllm serve MODEL --additional-config "$(sae-steer vllm-args --json steer.json)"
 
-The same as an argument that is quoted for a shell: to paste, for xargs, or for eval (a bare $(...) would keep the quotes):
+The same as an argument quoted for a shell: to paste, for xargs, or for eval (a bare $(...) would keep the quotes):
 
     sae-steer vllm-args steer.json | VLLM_PLUGINS=sae_steer xargs vllm serve MODEL
     eval "VLLM_PLUGINS=sae_steer vllm serve MODEL $(sae-steer vllm-args steer.json)"
@@ -70,7 +70,8 @@ def argument(file: Path, *, inline: bool) -> dict[str, Any]:
     with imports_of("vllm"):
         from sae_steer_vllm.config import KEY, catalog_of, read_file
     config, digest = read_file(file)
-    sources = [f"{entry.name} ({entry.location})" for entry in (*config.saes, *config.vectors)]
+    sources = [f"{sae.name} ({sae.location})" for sae in config.saes]
+    sources += [f"{vector.name} ({vector.location})" for vector in config.vectors]
     _say(f"opening {', '.join(sources) or 'nothing: no SAE and no vector is named'}")
     catalog = catalog_of(config)
     _check(config, catalog)

@@ -3,10 +3,13 @@
 The plugin has no fork and no subclass of vLLM's own: it wraps the functions of :mod:`.ledger`, each for the reason
 given there, and hands over to files that know nothing of vLLM. A wrapper adds to a call and never replaces it, and does
 nothing in an engine whose configuration does not name the plugin.
+
+Longer than 400 lines because what changes when vLLM does is in one place.
 """
 
 import functools
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +30,7 @@ from sae_steer.program import Footprint, Program
 from sae_steer.slots import buckets_of
 from sae_steer.wire import check, parse
 from sae_steer_vllm import op
-from sae_steer_vllm.channel import CARRIED, ON_OUTPUT, PROGRAM, SLOT, TICKET, payload_of, take
+from sae_steer_vllm.channel import ASK, CARRIED, ON_OUTPUT, PROGRAM, SLOT, TICKET, payload_of, take
 from sae_steer_vllm.config import PluginConfig, catalog_of, config_of
 from sae_steer_vllm.frontend import Frontend, admit
 from sae_steer_vllm.gate import Gate
@@ -39,6 +42,9 @@ TESTED = ((0, 26), (0, 32))
 
 MINE = "_sae_steer"
 """Attribute under which vLLM's objects hold the plugin's parts."""
+
+SITES = "sae_steer_sites"
+"""Key of ``additional_config`` under which a worker writes down the places that its graphs hold."""
 
 logger = init_logger("vllm.sae_steer")
 
@@ -55,9 +61,9 @@ class Refused(RequestError, VLLMValidationError):
 
 
 def version() -> tuple[int, int]:
-    """Major and minor number of the running vLLM."""
-    major, minor, *_ = vllm.__version__.split(".")
-    return int(major), int(minor)
+    """Major and minor number of the running vLLM; zeros where it was built without one."""
+    found = re.match(r"(\d+)\.(\d+)", vllm.__version__)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def configured(vllm_config: Any) -> PluginConfig | None:
@@ -67,12 +73,16 @@ def configured(vllm_config: Any) -> PluginConfig | None:
         StartError: It cannot be used, with this version of vLLM or with the rest of the engine's configuration.
     """
     config = config_of(vllm_config.additional_config)
-    if config is not None and not TESTED[0] <= version() <= TESTED[1] and not config.allow_untested_vllm:
+    if config is None:
+        return None
+    if not TESTED[0] <= version() <= TESTED[1] and not config.allow_untested_vllm:
         first, last = (".".join(map(str, v)) for v in TESTED)
         raise StartError(
             f"This is vLLM {vllm.__version__}, and the plugin was made for {first} to {last}. Install one of those, or "
             'say "allow_untested_vllm": true in its configuration and run `sae-steer selftest` before you rely on it.'
         )
+    if _MISSING:
+        raise StartError(f"This vLLM ({vllm.__version__}) has no {', '.join(_MISSING)}, which steering needs.")
     return config
 
 
@@ -102,10 +112,14 @@ def register() -> None:
 def _install(where: str, wrap: Callable[..., Any]) -> None:
     """Puts a wrapper around a function of vLLM, under every name by which vLLM's modules know it."""
     module_name, _, name = where.partition(":")
-    module = importlib.import_module(module_name)
     owner_name, _, attribute = name.rpartition(".")
-    owner = getattr(module, owner_name) if owner_name else module
-    original = getattr(owner, attribute)
+    try:
+        module = importlib.import_module(module_name)
+        owner = getattr(module, owner_name) if owner_name else module
+        original = getattr(owner, attribute)
+    except (ModuleNotFoundError, AttributeError):
+        _MISSING.append(where)  # not raised: this may be an engine that does not steer
+        return
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -120,6 +134,9 @@ def _install(where: str, wrap: Callable[..., Any]) -> None:
         if getattr(other, attribute, None) is original:
             setattr(other, attribute, wrapped)
 
+
+_MISSING: list[str] = []
+"""What is wrapped and not there: engines that do not steer run without it, others are refused."""
 
 _IMPORTERS = {
     "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys": (
@@ -142,15 +159,15 @@ def _program_of(request: Any) -> Program | None:
     return found  # type: ignore[no-any-return]
 
 
-def _block_keys(original: Any, request: Any, start: int, end: int, mm: int) -> Any:
-    keys, next_mm = original(request, start, end, mm)
+def _block_keys(original: Any, request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int) -> Any:
+    keys, next_mm = original(request, start_token_idx, end_token_idx, start_mm_idx)
     program = _program_of(request)
     if program is not None:
         footprint = request.__dict__.get("_sae_steer_footprint")
         if footprint is None:
             footprint = Footprint(program.digest, program.pieces(request.num_prompt_tokens))
             request._sae_steer_footprint = footprint
-        key = footprint.key(start, end)
+        key = footprint.key(start_token_idx, end_token_idx)
         if key is not None:
             keys = (*(keys or ()), ("sae_steer", key))
     return keys, next_mm
@@ -266,8 +283,12 @@ def _process_inputs(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _follow(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
-    original(self, request, *args, **kwargs)
     extra = request.sampling_params.extra_args if request.sampling_params is not None else None
+    if extra and ASK in extra:
+        # vLLM still takes requests of the engine's own form, which its front end does not look into.
+        error = RequestError("steering: this request did not come through vLLM's front end.", param="steering")
+        raise Refused(error)
+    original(self, request, *args, **kwargs)
     if extra and PROGRAM in extra:
         frontend: Frontend = getattr(self, MINE)
         setattr(self.request_states[request.request_id], MINE, frontend.follow(extra[PROGRAM], extra.get(TICKET)))
@@ -278,14 +299,14 @@ def _engine_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     setattr(self.output_processor, MINE, getattr(self.input_processor, MINE))
 
 
-def _process_outputs(original: Any, self: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
-    for output in outputs:
+def _process_outputs(original: Any, self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    for output in engine_core_outputs:
         if output.kv_transfer_params:
             mine, output.kv_transfer_params = take(output.kv_transfer_params)
             follow = getattr(self.request_states.get(output.request_id), MINE, None)
             if mine and follow is not None:
                 follow.take(mine)
-    return original(self, outputs, *args, **kwargs)
+    return original(self, engine_core_outputs, *args, **kwargs)
 
 
 def _completion_output(original: Any, self: Any, token_ids: Any, finish_reason: Any, *args: Any, **kwargs: Any) -> Any:
@@ -336,6 +357,8 @@ def _worker(runner: Any, config: PluginConfig) -> Worker:
     worker = Worker(runner.get_model(), catalog, config.limits.limits(), catalog.sites(config.extra_sites()), shape)
     context = runner.vllm_config.compilation_config.static_forward_context
     context.update(worker.editors)
+    # vLLM finds a compiled graph again by its configuration, which does not tell the sites that SAEs' files state.
+    runner.vllm_config.additional_config[SITES] = [str(site) for site in worker.sites]
     sites = ", ".join(str(site) for site in worker.hooked) or "none in this stage"
     logger.info("Steering: %s; %.1f MiB of tables and maps.", sites, worker.nbytes / 2**20)
     return worker

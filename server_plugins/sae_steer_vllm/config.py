@@ -53,7 +53,7 @@ class LimitsEntry(_Closed):
     wide_programs: Annotated[int, Field(ge=0, le=4096)] = 4
     wide_features: Annotated[int, Field(ge=2, le=65536)] = 512
     max_edits: Annotated[int, Field(ge=1, le=65536)] = 512
-    dose_limit: Annotated[float, Field(gt=0)] | None = None
+    dose_limit: Annotated[float, Field(gt=0, le=1e6)] | None = None
 
     def limits(self) -> Limits:
         """As the core has them."""
@@ -100,6 +100,8 @@ def read_file(path: Path) -> tuple[PluginConfig, str]:
         data = path.read_bytes()
     except OSError as error:
         raise StartError(f"The configuration {path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:  # a path that no file can have
+        raise StartError(f"The configuration {ascii(str(path))} cannot be read: {error}.") from None
     try:
         value = loads(data)
     except RequestError as error:

@@ -30,7 +30,7 @@ class Family:
     """
 
     layers: str
-    taps: Mapping[Kind, Tap]
+    taps: dict[Kind, Tap]
 
 
 _BLOCK = {Kind.RESID_PRE: Tap("", "input"), Kind.RESID_POST: Tap("", "output")}
@@ -44,6 +44,10 @@ _LLAMA = Family(
         Kind.MLP_IN: Tap("mlp", "input"),
         Kind.MLP_OUT: Tap("mlp", "output"),
     },
+)
+_MIXTRAL = Family(
+    "model.layers",
+    _LLAMA.taps | {Kind.MLP_IN: Tap("block_sparse_moe", "input"), Kind.MLP_OUT: Tap("block_sparse_moe", "output")},
 )
 # Attention and MLP outputs pass a norm before they are added: the places are behind it, as the published SAEs have it.
 _GEMMA2 = Family(
@@ -71,10 +75,15 @@ _GPT2 = Family(
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,
+    "Phi3ForCausalLM": _LLAMA,
     "Qwen2ForCausalLM": _LLAMA,
     "Qwen3ForCausalLM": _LLAMA,
+    "GemmaForCausalLM": _LLAMA,
     "Gemma2ForCausalLM": _GEMMA2,
     "Gemma3ForCausalLM": _GEMMA2,
+    "MixtralForCausalLM": _MIXTRAL,
+    "Qwen2MoeForCausalLM": _LLAMA,
+    "Qwen3MoeForCausalLM": _LLAMA,
     "GPT2LMHeadModel": _GPT2,
 }
 """By the name of vLLM's model class."""

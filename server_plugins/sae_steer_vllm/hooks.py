@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,56 +54,39 @@ def _tap(model: nn.Module, place: Place, act: Callable[[Tensor, Tensor | None], 
     """Calls ``act(x, residual)`` on the tensor at a place; ``residual`` is None where the tensor is whole."""
     module, side = locate(model, place)
     assert module is not None  # the caller asked
-    if side == "output":
-
-        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if isinstance(output, Tensor):
-                act(output, None)
-            else:
-                act(output[0], output[1] if place.kind is Kind.RESID_POST else None)
-
-        module.register_forward_hook(after)
+    if place.kind is Kind.RESID_PRE:
+        _tap_entry(module, act)
         return
 
-    # The embedding's output enters the first layer, and is not only its own.
-    copies = place.kind is Kind.RESID_PRE
-    where = _Where.of(module) if copies else _Where(0, 1)
+    def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+        act(args[0], args[1] if place.kind is Kind.RESID_MID and len(args) > 1 else None)
 
-    def before(
-        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        x, residual = where.find(args, kwargs)
-        if not copies:
-            act(x, residual if place.kind is Kind.RESID_MID else None)
-            return None
-        x = torch.clone(x)
-        act(x, residual)
-        return where.put(x, args, kwargs)
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor):
+            act(output, None)
+        else:
+            act(output[0], output[1] if place.kind is Kind.RESID_POST else None)
 
-    module.register_forward_pre_hook(before, with_kwargs=True)
+    if side == "input":
+        module.register_forward_pre_hook(before)
+    else:
+        module.register_forward_hook(after)
 
 
-class _Where(NamedTuple):
-    """Where the two parts of the residual stream are among a call's arguments."""
+def _tap_entry(layer: nn.Module, act: Callable[[Tensor, Tensor | None], None]) -> None:
+    """:func:`_tap` on what enters a layer, among the arguments of a signature that differs from family to family."""
+    names = list(inspect.signature(layer.forward).parameters)
+    if "hidden_states" not in names:
+        raise SiteError(f"vLLM's {type(layer).__name__} has no argument 'hidden_states'.")
+    hidden = names.index("hidden_states")
+    residual = names.index("residual") if "residual" in names else len(names)
 
-    hidden: int
-    residual: int
-
-    @classmethod
-    def of(cls, layer: nn.Module) -> Self:
-        """As a decoder layer's own signature has them; raises :class:`SiteError` where it has none."""
-        names = list(inspect.signature(layer.forward).parameters)
-        if "hidden_states" not in names:
-            raise SiteError(f"vLLM's {type(layer).__name__} has no argument 'hidden_states'.")
-        return cls(names.index("hidden_states"), names.index("residual") if "residual" in names else len(names))
-
-    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """The two parts; the second is None where the tensor is whole."""
-        x = args[self.hidden] if self.hidden < len(args) else kwargs["hidden_states"]
-        return x, args[self.residual] if self.residual < len(args) else kwargs.get("residual")
-
-    def put(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with another first part."""
-        if self.hidden < len(args):
-            return (*args[: self.hidden], x, *args[self.hidden + 1 :]), kwargs
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x = args[hidden] if hidden < len(args) else kwargs["hidden_states"]
+        x = torch.clone(x)  # what enters the first layer is not the model's own where it was given embeddings
+        act(x, args[residual] if residual < len(args) else kwargs.get("residual"))
+        if hidden < len(args):
+            return (*args[:hidden], x, *args[hidden + 1 :]), kwargs
         return args, kwargs | {"hidden_states": x}
+
+    layer.register_forward_pre_hook(before, with_kwargs=True)

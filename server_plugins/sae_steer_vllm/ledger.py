@@ -113,5 +113,10 @@ LEDGER: tuple[Symbol, ...] = (
     Symbol("vllm.forward_context:get_forward_context", "the same, while the model runs"),
     Symbol("vllm.exceptions:VLLMValidationError", "what the front end answers with 400", "a ValueError in 0.26 only"),
     Symbol("vllm.v1.outputs:EMPTY_MODEL_RUNNER_OUTPUT", "shared by all idle steps, so never written to"),
+    Symbol("vllm.v1.engine:EngineCoreOutput", "ends a request that failed, with its sums and its error"),
+    Symbol("vllm.v1.engine:EngineCoreOutputs", "the same, for a client that had no output in the step"),
+    Symbol("vllm.v1.engine:FinishReason", "how such a request ends"),
+    Symbol("vllm.v1.request:RequestStatus", "the same, for the scheduler"),
+    Symbol("vllm.logger:init_logger", "the plugin's lines in vLLM's log"),
     Symbol("vllm.sequence:IntermediateTensors", "carries sums from stage to stage of a pipeline"),
 )

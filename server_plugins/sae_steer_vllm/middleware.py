@@ -80,14 +80,15 @@ class SteeringMiddleware:
     def _require(self, path: str, asked: Mapping[str, Any]) -> None:
         """Refuses what is not honoured here; raises :class:`RequestError`."""
         xargs = asked.get("vllm_xargs")
-        if isinstance(xargs, Mapping):
-            for key in (ASK, *RESERVED):
-                if key in xargs:
-                    raise RequestError(
-                        f"vllm_xargs.{key}: over HTTP, send the field 'steering' of the body itself.",
-                        param=f"vllm_xargs.{key}",
-                        code="reserved",
-                    )
+        if xargs is not None and not isinstance(xargs, Mapping):
+            raise RequestError("vllm_xargs: this is not an object.", param="vllm_xargs")
+        for key in (ASK, *RESERVED):
+            if key in (xargs or ()):
+                raise RequestError(
+                    f"vllm_xargs.{key}: over HTTP, send the field 'steering' of the body itself.",
+                    param=f"vllm_xargs.{key}",
+                    code="reserved",
+                )
         if self._refuses is not None:
             raise Unsupported(self._refuses, param=FIELD)
         if path not in ROUTES:
@@ -99,10 +100,8 @@ class SteeringMiddleware:
         asked.pop(FIELD, None)
         model = asked.get("model")
         with frontend.collecting(program) as (ticket, collector):
-            xargs = asked.get("vllm_xargs")
-            asked["vllm_xargs"] = {**(xargs if isinstance(xargs, Mapping) else {}), ASK: ticket}
-            count = asked.get("n")
-            answer = Answer(collector, model, count if isinstance(count, int) else 1)
+            asked["vllm_xargs"] = {**(asked.get("vllm_xargs") or {}), ASK: ticket}
+            answer = Answer(collector, model, asked.get("n", 1))
             service: SteeringService = scope["app"].state.steering
             if isinstance(model, str):
                 asked["model"] = _base(service, model)
@@ -116,8 +115,9 @@ def _asked(body: bytes, service: SteeringService | None) -> dict[str, Any] | Non
         RequestError: It asks, and is not JSON in the strict sense.
     """
     profiles = service.catalog.profile_names() if service is not None else []
-    # Escapes could hide any name; without them, what is not in the bytes is not in the body.
-    marks = (b"steer", b"\\u", *(name.encode() for name in profiles))
+    # Escapes could hide any name, and so could UTF-16 and UTF-32, which vLLM reads; they hold zeros. Without both, what
+    # is not in the bytes is not in the body.
+    marks = (b"steer", b"\\u", b"\0", *(name.encode() for name in profiles))
     if not any(mark in body for mark in marks):
         return None
     try:
@@ -151,6 +151,8 @@ def _program(asked: Mapping[str, Any], service: SteeringService) -> Program | No
     """Compiles what a body asks; raises :class:`RequestError`."""
     if asked.get("use_beam_search"):
         service.capabilities.require("beam_search", param="use_beam_search")
+    if type(asked.get("n", 1)) is not int:  # vLLM takes "2" and 2.0, and blocks are told apart by this number
+        raise RequestError("n: this is not an integer.", param="n")
     steering = parse_steering(asked.get(FIELD, {}))
     model = asked.get("model")
     # A LoRA adapter is a model of its own to vLLM, which knows whether there is one.
