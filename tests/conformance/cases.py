@@ -4,14 +4,14 @@ To add a case, add it to :data:`CASES`; that is all. A case is
 
 - its requests, in waves: those of one wave are sent together, and a wave is sent when the one before it is answered;
 - for each request a prompt of :data:`PROMPTS`, and what it asks in the field ``steering``;
-- the wrong variant that it ``kills``, a name of :mod:`tests.conformance.wrong`. If no variant there is what the case is
-  for, write one: a few lines that make the running plugin wrong in that way. A test switches it on and wants the case to
-  fail.
+- the wrong variant that it ``kills``, a name of :mod:`tests.conformance.wrong`. If no variant there is what the case
+  is for, write one: a few lines that make the running plugin wrong in that way. A test switches it on and wants the
+  case to fail.
 
-Then run ``pytest tests/conformance -k "Definition or Attach"``, which takes seconds. It demands of the definition itself
-(float64) that each steered request fires, that it moves a token of the plain answer, that no choice of a token is so
-close that float32 may decide it otherwise, and that no answer reaches the end of the sequence. Where it complains,
-choose other features, values or prompts.
+Then run ``pytest tests/conformance -k "Definition or Attach"``, which takes seconds. It demands of the definition
+itself (float64) that each steered request fires, that it moves a token of the plain answer, that no choice of a token
+is so close that float32 may decide it otherwise, and that no answer reaches the end of the sequence. Where it
+complains, choose other features, values or prompts.
 
 All paths run the model that ships with the package, in float32, with the limits below, which are small on purpose:
 prompts come in chunks, slots are waited for, and the key-value cache overflows.
@@ -139,13 +139,15 @@ def clamp(feature: int, value: float = 40.0, **more: Any) -> dict[str, Any]:
 
 
 _GATE = {"sae": SAE, "feature": SEA, "above": 5.0}
-_ALL, _PROMPT, _COMPLETION = clamp(TRAINS), clamp(TRAINS, 60.0, positions="prompt"), clamp(TRAINS, positions="completion")
+_ALL, _PROMPT, _COMPLETION = (
+    clamp(TRAINS),
+    clamp(TRAINS, 60.0, positions="prompt"),
+    clamp(TRAINS, positions="completion"),
+)
 
 OPERATIONS = (
     single("clamp", "f' written for f' - f", edit([SEA, TRAINS], "clamp", value=[10.0, 30.0])),
-    single(
-        "clamp to the recorded maximum", "residual alone", edit([SEA], "clamp", value=1.0, units="reference_max")
-    ),
+    single("clamp to the recorded maximum", "residual alone", edit([SEA], "clamp", value=1.0, units="reference_max")),
     single("ablate", "residual alone", edit([SEA], "ablate")),
     single("add", "raw units", edit([SPACE], "add", value=0.5, units="residual_norm")),
     single("scale", "f' written for f' - f", edit([SEA], "scale", value=3.0)),
@@ -153,18 +155,23 @@ OPERATIONS = (
     single("floor", "no bounds", edit([TRAINS], "floor", value=30.0)),
     single("cap", "no bounds", edit([SEA], "cap", value=3.0)),
     single("mask_range", "no mask", edit([SEA], "mask_range", lo=1.0, hi=100.0)),
-    single("gate above", "no gate", edit([TRAINS], "clamp", value=40.0, when=_GATE)),
-    single("gate below", "no gate", edit([TRAINS], "clamp", value=40.0, when={"sae": SAE, "feature": SEA, "below": 5.0})),
-    single("drop the error", "error kept", edit([SEA], "scale", value=1.2), error="drop"),
-    single("dose scaled", "no dose limit", edit([TRAINS], "clamp", value=40.0), dose={"limit": 0.4, "on_dose": "scale"}),
+    single("gate above", "no gate", edit([TRAINS], "clamp", value=40.0, when=_GATE | {"above": 5.0})),
+    single("gate below", "no gate", edit([TRAINS], "clamp", value=40.0, when=_GATE | {"below": 5.0})),
+    single("drop the error", "error kept", edit([TRAINS], "clamp", value=20.0), error="drop"),
+    single(
+        "dose scaled",
+        "no dose limit",
+        edit([TRAINS], "clamp", value=40.0),
+        dose={"limit": 0.4, "on_dose": "scale"},
+    ),
     Case(
         "dose that fails",
         ("dose never fails",),
-        ((Ask("sea", asked(edit([TRAINS], "clamp", value=40.0), dose={"limit": 0.4}), fails="dose_exceeded"), Ask("sea")),),
+        ((Ask("sea", _ALL | {"dose": {"limit": 0.4}}, fails="dose_exceeded"), Ask("sea")),),
     ),
     single("vector added", "vector of length one", vector("away", "resid_post.1", "add", value=0.5)),
     single("vector ablated", "vector as stored", vector("sea", "resid_post.3", "ablate")),
-    single("vector inside a layer", "vector as stored", vector("away", "resid_mid.4", "clamp", value=8.0)),
+    single("vector inside a layer", "vector as stored", vector("away", "resid_mid.4", "clamp", value=10.0)),
     single(
         "two places",
         "first place alone",
@@ -172,14 +179,17 @@ OPERATIONS = (
         edit([TRAINS], "clamp", value=30.0),
         vector("away", "resid_mid.4", "cap", value=0.0),
     ),
-    Case("profile", ("first row alone",), ((Ask("long", {"profiles": ["boats-not-trains"]}),),)),
-    Case(
+    single("profile", "first row alone", prompt="long", profiles=["boats-not-trains"]),
+    single(
         "profile overridden",
-        ("first row alone",),
-        ((Ask("long", asked(edit([SEA], "ablate"), profiles=["boats-not-trains"], override=True)),),),
+        "first row alone",
+        edit([SEA], "ablate"),
+        prompt="long",
+        profiles=["boats-not-trains"],
+        override=True,
     ),
     single("wide program", "wide slots idle", edit(FIRING, "scale", value=1.3)),
-)  # fmt: skip
+)
 
 POSITIONS = (
     Case("prompt", ("one token means completion",), ((Ask("long", _PROMPT),),)),
@@ -194,70 +204,117 @@ POSITIONS = (
         edit([SPACE], "add", value=20.0, positions="completion"),
         edit([SEA], "ablate", positions={"ranges": [[0, 4]]}),
     ),
-    single("two positions at two places", "one selector",
+    single(
+        "two positions at two places",
+        "one selector",
         vector("away", "resid_post.1", "add", value=0.4, positions="completion"),
         edit([MUSIC], "clamp", value=20.0, positions={"ranges": [[2, 30]]}),
     ),
     single(
-        "prompt in chunks", "positions from the step's start",
+        "prompt in chunks",
+        "positions from the step's start",
         edit([SNOW], "clamp", value=40.0, positions={"ranges": [[66, 90]]}),
         edit([MUSIC], "clamp", value=20.0, positions="completion"),
         prompt="longer",
     ),
     Case(
-        "chunk of one token", ("one token means completion",),
+        "chunk of one token",
+        ("one token means completion",),
         # The first request leaves one token of the first step to the second, whose prompt is longer than that.
         ((Ask("longer", first=STEP_TOKENS - 1), Ask("sea", _COMPLETION)),),
     ),
-)  # fmt: skip
+)
 
 BATCHES = (
     Case(
-        "mixed batch", ("neighbour's program",),
-        ((Ask("sea"), Ask("sea", _ALL), Ask("garden"), Ask("garden", _PROMPT), Ask("sea", clamp(SPACE)),
-          Ask("piano"), Ask("piano", _COMPLETION)),),
+        "mixed batch",
+        ("neighbour's program",),
+        (
+            (
+                Ask("sea"),
+                Ask("sea", _ALL),
+                Ask("garden"),
+                Ask("garden", _PROMPT),
+                Ask("sea", clamp(SPACE)),
+                Ask("piano"),
+                Ask("piano", _COMPLETION),
+            ),
+        ),
     ),
     Case("two choices", ("first choice alone",), ((Ask("sea", _ALL, choices=2), Ask("sea", choices=2)),)),
     Case(
-        "shared slot", ("slot freed by the first who leaves",),
-        ((Ask("sea", _ALL, tokens=4), Ask("sea", _ALL, tokens=16), Ask("garden", _PROMPT), Ask("sea", clamp(SPACE)),
-          Ask("sea", clamp(SCHOOL)), Ask("sea", clamp(FOOD))),),
+        "shared slot",
+        ("slot freed by the first who leaves",),
+        (
+            (
+                Ask("sea", _ALL, tokens=4),
+                Ask("sea", _ALL, tokens=16),
+                Ask("garden", _PROMPT),
+                *(Ask("sea", clamp(feature)) for feature in (SPACE, SCHOOL, FOOD)),
+            ),
+        ),
     ),
     Case(
-        "more programs than slots", ("no waiting",),
+        "more programs than slots",
+        ("no waiting",),
         (tuple(Ask("sea", clamp(feature), tokens=8) for feature in (TRAINS, SPACE, MUSIC, SCHOOL, SNOW, FOOD)),),
     ),
     Case(
-        "preemption", ("counted again after a preemption",),
-        (tuple(Ask("long", clamp(feature), tokens=16) for feature in (SPACE, MUSIC, SCHOOL, SNOW)) + (Ask("long", tokens=16),),),
+        "preemption",
+        ("counted again after a preemption",),
+        # The last to come is the one that gives way.
+        (
+            (
+                Ask("long", tokens=16),
+                *(Ask("long", clamp(feature), tokens=16) for feature in (SPACE, MUSIC, SCHOOL, SNOW)),
+            ),
+        ),
     ),
-)  # fmt: skip
+)
 
 CACHE = (
     Case(
-        "cache: plain, then steered, then both", ("no cache key",),
-        ((Ask("longer", cached=0),), (Ask("longer", _ALL, cached=0),),
-         (Ask("longer", cached=64), Ask("longer", _ALL, cached=64), Ask("longer", clamp(SPACE), cached=0))),
+        "cache: plain, then steered, then both",
+        ("no cache key",),
+        (
+            (Ask("longer", cached=0),),
+            (Ask("longer", _ALL, cached=0),),
+            (
+                Ask("longer", cached=2 * BLOCK),
+                Ask("longer", _ALL, cached=2 * BLOCK),
+                Ask("longer", clamp(SPACE), cached=0),
+            ),
+        ),
     ),
     Case(
-        "cache: steered, then plain", ("no cache key",),
-        ((Ask("longer", _ALL, cached=0),), (Ask("longer", cached=0),), (Ask("longer", _ALL, cached=64),)),
+        "cache: steered, then plain",
+        ("no cache key",),
+        ((Ask("longer", _ALL, cached=0),), (Ask("longer", cached=0),), (Ask("longer", _ALL, cached=2 * BLOCK),)),
     ),
     Case(
-        "cache: completion shares the prompt with all", ("one key for all blocks",),
-        ((Ask("longer", _COMPLETION, cached=0),), (Ask("longer", cached=64),),
-         (Ask("longer", clamp(SPACE, positions="completion"), cached=64),)),
+        "cache: completion shares the prompt with all",
+        ("one key for all blocks",),
+        (
+            (Ask("longer", _COMPLETION, cached=0),),
+            (Ask("longer", cached=2 * BLOCK),),
+            (Ask("longer", clamp(SPACE, positions="completion"), cached=2 * BLOCK),),
+        ),
     ),
     Case(
-        "cache: a steered answer comes back as a prompt", ("no cache key",),
-        ((Ask("long", _COMPLETION, tokens=16, cached=0),), (Ask("sea", after=0, cached=32), Ask("sea", _PROMPT, after=0, cached=0)),
-         (Ask("sea", after=0), Ask("sea", _PROMPT, after=0))),
+        "cache: a steered answer comes back as a prompt",
+        ("no cache key",),
+        (
+            (Ask("long", _COMPLETION, tokens=16, cached=0),),
+            (Ask("sea", after=0, cached=BLOCK), Ask("sea", _PROMPT, after=0, cached=0)),
+            (Ask("sea", after=0), Ask("sea", _PROMPT, after=0)),
+        ),
     ),
     Case(
-        "cache: same program, other length of prompt", ("digest alone as the cache key",),
-        ((Ask("longer", _PROMPT, first=33, tokens=40, cached=0),), (Ask("sea", _PROMPT, after=0, cached=32),)),
+        "cache: same program, other length of prompt",
+        ("digest alone as the cache key",),
+        ((Ask("long", _PROMPT, cached=0),), (Ask("sea", _PROMPT, after=0, cached=BLOCK),)),
     ),
-)  # fmt: skip
+)
 
 CASES: tuple[Case, ...] = (
     Case("plain", ("neighbour's program",), ((Ask("sea"), Ask("garden", _ALL)),)),

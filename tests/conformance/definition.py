@@ -14,7 +14,6 @@ from sae_steer.reference import Token, at_position, edit_token, encode, gate_hol
 from sae_steer.schema import (
     FeatureValueEdit,
     Intervention,
-    Steering,
     VectorAblateEdit,
     VectorScaleEdit,
     VectorValueEdit,
@@ -23,8 +22,7 @@ from sae_steer.schema import (
 from sae_steer.sites import Site
 from tests import reference_model
 from tests.conformance.answers import Asked, Choice, Expected
-from tests.conformance.cases import SITES, Ask, Case
-from tests.conformance.cases import PROMPTS as CHATS
+from tests.conformance.cases import PROMPTS, SITES, Ask, Case
 from tests.steered_models import SteeredModel
 
 _VECTORS = VectorValueEdit | VectorScaleEdit | VectorAblateEdit
@@ -69,8 +67,8 @@ class Definition:
         return waves
 
     def _resolve(self, ask: Ask, before: list[list[Asked]]) -> Asked:
-        chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(CHATS[ask.prompt])]
-        prompt = self.model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+        chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(PROMPTS[ask.prompt])]
+        prompt: Any = self.model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
         ids: list[int] = prompt["input_ids"][: ask.first]
         if ask.after is not None:
             earlier = before[ask.after][0]

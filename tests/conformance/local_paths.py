@@ -66,14 +66,14 @@ class Attached:
         tokens = out.sequences[:, longest:]
         logprobs = torch.stack(out.logits, dim=1).log_softmax(-1).gather(2, tokens[:, :, None])[:, :, 0]
         choices = [
-            Choice(t, p, applied)
-            for t, p, applied in zip(tokens.tolist(), logprobs.tolist(), reports, strict=True)
+            Choice(t, p, applied) for t, p, applied in zip(tokens.tolist(), logprobs.tolist(), reports, strict=True)
         ]
         return [choices[i * n : (i + 1) * n] for i in range(len(asked))]
 
 
 def _batches(wave: list[Asked]) -> Iterator[list[int]]:
     """Numbers of the requests that can be rows of one batch; one that must fail would end its neighbours."""
+
     def kind(i: int) -> tuple[int, int, int]:
         return wave[i].tokens, wave[i].choices, i if wave[i].fails else -1
 
@@ -130,7 +130,9 @@ class Embedded:
         )
         chunks: list[Chunk] = []
         try:
-            async for chunk in self.engine.generate(asked.prompt, program, Sampling(asked.tokens, 0.0, 1.0, 0, logprobs=0)):
+            async for chunk in self.engine.generate(
+                asked.prompt, program, Sampling(asked.tokens, 0.0, 1.0, 0, logprobs=0)
+            ):
                 chunks.append(chunk)
         except RunFailed as error:
             return Choice([], [], error=error.code)

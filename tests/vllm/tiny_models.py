@@ -1,13 +1,6 @@
-"""Tiny random models of the families that vLLM has its own classes for, SAEs at their places, and an engine over them.
-
-The engine is a process of its own (``python -m tests.vllm.tiny_models``, JSON in and out): vLLM keeps process groups,
-compiled code and patched settings for as long as a process lives, and warns at import.
-"""
+"""Tiny random models of the families that vLLM has classes of its own for, and what the definition says of them."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +8,15 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+import sae_steer
 from tests.sae_files import write_saelens
 
 Json = dict[str, Any]
 
-ROOT = Path(__file__).parents[2]
 HIDDEN = 64
 LAYERS = 3
 VOCABULARY = 256
@@ -77,26 +72,39 @@ CONFIGS: dict[str, tuple[str, Json]] = {
     ),
 }
 """By vLLM's class: the config's class, and its sizes."""
+SEEDS = dict.fromkeys(CONFIGS, 7) | {
+    "LlamaForCausalLM": 8,
+    "MistralForCausalLM": 8,
+    "Phi3ForCausalLM": 10,
+    "Qwen2ForCausalLM": 8,
+    "Gemma2ForCausalLM": 11,
+    "Gemma3ForCausalLM": 10,
+    "Qwen2MoeForCausalLM": 9,
+}
+"""Of the weights, such that no token of an answer is the best by less than :data:`CLOSEST`."""
+CLOSEST = 2e-3
+"""Smallest distance between the two best logits at which "the same token" is more than luck."""
 
 
-def make_model(name: str) -> PreTrainedModel:
+def make_model(name: str, seed: int | None = None) -> PreTrainedModel:
     """A random model of a family in float32, with weights large enough that every edit shows in its logits."""
     config_name, sizes = CONFIGS[name]
-    torch.manual_seed(7)
+    torch.manual_seed(SEEDS[name] if seed is None else seed)
     config = getattr(transformers, config_name)(**sizes)
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.mul_(6)
+                # Gemma multiplies its embeddings, which are the head too: larger ones would repeat the last token.
+                parameter.mul_(2 if "gemma" in config.model_type and "embed" in key else 6)
             elif "norm" in key or "ln_" in key:  # gains that are not all alike
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
 
 
-def write_saes(root: Path, model: PreTrainedModel) -> list[str]:
-    """An SAE at every place of some layer, the first and the last among them; the names of their folders."""
+def write_saes(root: Path, model: PreTrainedModel) -> dict[str, Path]:
+    """An SAE at every kind of place, in the first, the middle and the last layer, and a transcoder; by name."""
     config = model.config
     z = config.num_attention_heads * (getattr(config, "head_dim", None) or HIDDEN // config.num_attention_heads)
     hooks = {
@@ -118,92 +126,85 @@ def write_saes(root: Path, model: PreTrainedModel) -> list[str]:
         root / "tc1", architecture="transcoder", d_in=HIDDEN, n_features=FEATURES, seed=99,
         hook_name="blocks.1.mlp.hook_in", hook_name_out="blocks.1.hook_mlp_out",
     )  # fmt: skip
-    return [*hooks, "tc1"]
+    return {name: root / name for name in (*hooks, "tc1")}
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer as 8-bit kernels compute it: one scale for each token of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x.abs().amax(dim=-1, keepdim=True) / 127
+        return nn.functional.linear((x / scale).round() * scale, self.weight, self.bias)
+
+
+def quantize(model: PreTrainedModel, folder: Path) -> None:
+    """Rounds a model's linear layers to 8 bits, in place, and saves it as compressed-tensors' W8A8.
+
+    The residual stream, the norms and the head stay as they are.
+    """
+    tensors = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            scale = module.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+            rounded = (module.weight.detach() / scale).round()
+            tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"] = rounded.to(torch.int8), scale
+            module.weight.data = rounded * scale
+            module.__class__ = Int8Linear
+    common = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": common | {"strategy": "channel", "dynamic": False},
+        "input_activations": common | {"strategy": "token", "dynamic": True},
+    }
+    model.config.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = [type(model).__name__]
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the engine gave for one request.
+class Expected:
+    """What transformers says of one request.
 
     Args:
         tokens: The completion.
-        block: Its ``steering`` block; None = not steered.
+        logprobs: Log-probabilities of its tokens.
+        applied: The ``applied`` block; None = not steered.
     """
 
     tokens: list[int]
-    block: Json | None
+    logprobs: list[float]
+    applied: Json | None
 
 
-def run_engine(
-    model: Path,
-    config: Json,
-    requests: Sequence[Mapping[str, Any] | None],
+@torch.no_grad()
+def expected(
+    model: PreTrainedModel,
+    saes: Mapping[str, Path],
+    requests: Sequence[Json | None],
     *,
     prompt: Sequence[int],
-    max_tokens: int,
-    **arguments: Any,
-) -> list[Answer]:
-    """Greedy answers of an offline engine, all requests in one batch.
-
-    Args:
-        model: The model's folder.
-        config: The plugin's configuration.
-        requests: What each one asks; None = nothing.
-        prompt: Token ids of the prompt of all of them.
-        max_tokens: Length of the answers.
-        arguments: Of ``vllm.LLM``, over the defaults.
-
-    Raises:
-        RuntimeError: It did not start, or died; the message holds its output.
-    """
-    job = {
-        "arguments": {"model": str(model), "additional_config": {"sae_steer": config}, **arguments},
-        "requests": list(requests), "prompt": list(prompt), "max_tokens": max_tokens,
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.vllm.tiny_models"], input=json.dumps(job), text=True, cwd=ROOT, timeout=280,
-        capture_output=True, check=False, env={**os.environ, **ENVIRONMENT},
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"The engine ended with {done.returncode}.\n{done.stdout}\n{done.stderr}")
-    return [Answer(**answer) for answer in json.loads(done.stdout.splitlines()[-1])]
-
-
-ENVIRONMENT = {
-    "VLLM_PLUGINS": "sae_steer",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-
-
-def _main() -> None:
-    job = json.load(sys.stdin)
-    from vllm import LLM, SamplingParams  # after the environment is set, in this process alone
-
-    defaults = {
-        "dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True,
-        "max_model_len": 64, "max_num_seqs": 32, "max_num_batched_tokens": 2048,
-    }  # fmt: skip
-    llm = LLM(**(defaults | job["arguments"]))
-    parameters = [
-        SamplingParams(
-            temperature=0, max_tokens=job["max_tokens"], detokenize=False,
-            extra_args={"steering": request} if request is not None else None,
-        )
-        for request in job["requests"]
-    ]  # fmt: skip
-    outputs = llm.generate([{"prompt_token_ids": job["prompt"]}] * len(parameters), parameters, use_tqdm=False)
-    answers = [
-        {"tokens": list(choice.token_ids), "block": getattr(choice, "steering", None)}
-        for output in outputs
-        for choice in output.outputs
-    ]
-    print(json.dumps(answers))
-
-
-if __name__ == "__main__":
-    _main()
+    tokens: int,
+    closest: float = CLOSEST,
+) -> list[Expected]:
+    """Greedy completions of one prompt with the SAEs hooked into transformers' own model."""
+    limits = sae_steer.Limits(max_programs=len(requests))
+    with sae_steer.attach(model, saes, limits=limits) as steer, steer.rows(requests) as rows:
+        output = model.generate(
+            input_ids=torch.tensor([list(prompt)] * len(requests)), max_new_tokens=tokens, do_sample=False,
+            return_dict_in_generate=True, output_scores=True,
+        )  # fmt: skip
+        blocks = rows.reports()
+    completions, logits = output.sequences[:, len(prompt) :], torch.stack(output.scores, dim=1)
+    best = logits.topk(2, dim=-1).values
+    assert float((best[..., 0] - best[..., 1]).min()) > closest
+    logprobs = logits.log_softmax(dim=-1).gather(2, completions[..., None])[..., 0]
+    return [Expected(*row) for row in zip(completions.tolist(), logprobs.tolist(), blocks, strict=True)]

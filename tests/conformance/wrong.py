@@ -1,0 +1,210 @@
+"""Deliberately wrong variants of the plugin, switched on in a running engine: each must fail the cases that name it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from sae_steer.device_step import DeviceStep
+from sae_steer.program import Footprint, Program, Row
+from sae_steer.runs import RunTable
+from sae_steer.slots import Slot, SlotPool
+from sae_steer_vllm import frontend, worker
+from sae_steer_vllm.gate import Gate
+from sae_steer_vllm.worker import Editor, Worker
+
+Patch = tuple[Any, str, Callable[[Any], Any]]
+"""Whose attribute, its name, and from what it is to what it shall be."""
+_INF = float("inf")
+_FAR = 2**62
+
+
+def _programs(change: Callable[[Program], Program]) -> Patch:
+    """The worker takes every program for another one."""
+    return worker, "parse", lambda parse: lambda text: change(parse(text))
+
+
+def _rows(change: Callable[[Row], Row]) -> Patch:
+    def changed(program: Program) -> Program:
+        return replace(program, sites=tuple(replace(s, rows=tuple(map(change, s.rows))) for s in program.sites))
+
+    return _programs(changed)
+
+
+def _selectors(**changes: Any) -> Patch:
+    return _programs(
+        lambda program: replace(program, selectors=tuple(replace(s, **changes) for s in program.selectors))
+    )
+
+
+def _idle(row: Row) -> Row:
+    """A row with f' = f."""
+    return replace(row, scale=1.0, shift=0.0, lo=-_INF, hi=_INF, mask_lo=_INF, mask_hi=-_INF)
+
+
+def _first_row(program: Program) -> Program:
+    """All rows of a site but the first do nothing."""
+    return replace(program, sites=tuple(replace(s, rows=(s.rows[0], *map(_idle, s.rows[1:]))) for s in program.sites))
+
+
+def _first_place(program: Program) -> Program:
+    first, *others = program.sites
+    return replace(program, sites=(first, *(replace(s, rows=tuple(map(_idle, s.rows))) for s in others)))
+
+
+def _keep(program: Program) -> Program:
+    return replace(program, sites=tuple(replace(s, drop=None) for s in program.sites))
+
+
+def _closed(program: Program) -> Program:
+    """Ranges hold their end."""
+    selectors = (replace(s, ranges=tuple((a, b + 1) for a, b in s.ranges)) for s in program.selectors)
+    return replace(program, selectors=tuple(selectors))
+
+
+def _scales(original: Any) -> Any:
+    """A dose beyond the limit is scaled down, whatever was asked; also to the front end, which judges it too."""
+
+    def compile_program(*args: Any, **kwargs: Any) -> Program | None:
+        program = original(*args, **kwargs)
+        return replace(program, on_dose="scale") if program is not None else None
+
+    return compile_program
+
+
+def _residual_alone(original: Any) -> Any:
+    def edit(self: Editor, y: Any, read: Any, residual: Any) -> None:
+        original(self, y, read if residual is None else residual, None)
+
+    return edit
+
+
+def _one_token_is_completion(original: Any) -> Any:
+    """The phase is told by how many tokens of a request are in the step."""
+
+    def held(self: RunTable, row: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        alone = torch.bincount(row, minlength=self.slot.shape[0])[row] == 1
+        return original(self, row, torch.where(alone, _FAR, torch.minimum(positions, self.starts[row, 1] - 1)))
+
+    return held
+
+
+def _completion_from_p(original: Any) -> Any:
+    return lambda self, program, slot, prompt_length: original(self, program, slot, prompt_length + 1)
+
+
+def _positions_from_the_step(original: Any) -> Any:
+    def fill(self: DeviceStep, rows: Any, starts: Any, positions: Any, tokens: Any, count: int) -> None:
+        place = torch.arange(count)
+        request = torch.searchsorted(starts[1 : rows[0].size + 1].long().contiguous(), place, right=True)
+        original(self, rows, starts, place - starts[request], tokens, count)
+
+    return fill
+
+
+def _neighbour(original: Any) -> Any:
+    def fill(self: DeviceStep, rows: Any, *args: Any) -> None:
+        original(self, [np.roll(row, 1) for row in rows], *args)
+
+    return fill
+
+
+def _first_choice(original: Any) -> Any:
+    def meet(self: Worker, request: str, *args: Any) -> None:
+        if not request.startswith("1_"):
+            original(self, request, *args)
+
+    return meet
+
+
+def _freed_early(original: Any) -> Any:
+    def release(self: SlotPool, digest: str) -> None:
+        while digest in self._held:
+            original(self, digest)
+
+    return release
+
+
+def _no_waiting(original: Any) -> Any:
+    def enter(self: Gate[Any], *args: Any, **kwargs: Any) -> Slot:
+        slot = original(self, *args, **kwargs)
+        if slot is None:
+            self._parked.pop()
+        return slot or Slot(0, 1)
+
+    return enter
+
+
+def _counted_again(original: Any) -> Any:
+    def finish(self: RunTable, *args: Any) -> None:
+        seen = self.seen.clone()
+        original(self, *args)
+        self.seen = seen
+
+    return finish
+
+
+def _wide_idle(original: Any) -> Any:
+    return lambda self, buckets: original(self, buckets & {0})
+
+
+def _digest_alone(original: Any) -> Any:
+    return lambda self, start, end: self.digest if original(self, start, end) is not None else None
+
+
+VARIANTS: dict[str, Patch] = {
+    # What is computed.
+    "residual alone": (Editor, "edit", _residual_alone),
+    "f' written for f' - f": _rows(lambda row: replace(row, scale=row.scale + 1)),
+    "raw units": _rows(lambda row: replace(row, norm_units=False)),
+    "no bounds": _rows(lambda row: replace(row, lo=-_INF, hi=_INF)),
+    "no mask": _rows(lambda row: replace(row, mask_lo=_INF, mask_hi=-_INF)),
+    "no gate": _rows(lambda row: replace(row, gate=None)),
+    "vector of length one": _rows(lambda row: replace(row, unit=True)),
+    "vector as stored": _rows(lambda row: replace(row, unit=False)),
+    "first row alone": _programs(_first_row),
+    "first place alone": _programs(_first_place),
+    "error kept": _programs(
+        lambda program: replace(program, sites=tuple(replace(s, drop=None) for s in program.sites))
+    ),
+    "no dose limit": _programs(lambda program: replace(program, dose_limit=_INF)),
+    "dose never fails": (frontend, "compile_program", _scales),
+    "wide slots idle": (Editor, "arm", _wide_idle),
+    # Where it holds.
+    "one token means completion": (RunTable, "held", _one_token_is_completion),
+    "completion from P": (RunTable, "add", _completion_from_p),
+    "positions from the step's start": (DeviceStep, "fill", _positions_from_the_step),
+    "ranges closed": _programs(_closed),
+    "no skip_bos": _selectors(skip_token=None),
+    "any token": _selectors(token_in=None),
+    "one selector": _rows(lambda row: replace(row, selector=min(row.selector, 0))),
+    # Whose it is.
+    "neighbour's program": (DeviceStep, "fill", _neighbour),
+    "first choice alone": (Worker, "meet", _first_choice),
+    "slot freed by the first who leaves": (SlotPool, "release", _freed_early),
+    "no waiting": (Gate, "enter", _no_waiting),
+    "counted again after a preemption": (RunTable, "finish", _counted_again),
+    # What is shared.
+    "no cache key": (Footprint, "key", lambda original: lambda self, start, end: None),
+    "digest alone as the cache key": (Footprint, "key", _digest_alone),
+    "one key for all blocks": (Footprint, "key", lambda original: lambda self, start, end: self.digest),
+}
+"""By what is wrong."""
+
+
+@contextmanager
+def switched_on(variant: str | None) -> Iterator[None]:
+    """Within the block, the plugin of this process is wrong in that way."""
+    if variant is None:
+        yield
+        return
+    owner, name, change = VARIANTS[variant]
+    original = getattr(owner, name)
+    setattr(owner, name, change(original))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
