@@ -6,8 +6,10 @@ the front end, in ``EngineCoreOutput.kv_transfer_params``, the one open dictiona
 when it ends or may end. Sums are cumulative, so that none but the last must arrive.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,19 @@ ON_OUTPUT = "sae_steer_snapshot"
 """Attribute of a step's output."""
 CARRIED = ("sae_steer_sums", "sae_steer_touched")
 """Tensors that go from stage to stage of a pipeline, beside the hidden states."""
+
+
+_TICKET = re.compile("[0-9a-f]{32}")
+
+
+def new_ticket() -> str:
+    """A ticket that nobody can guess."""
+    return token_hex(16)
+
+
+def is_ticket(value: object) -> bool:
+    """Whether a value has the form of a ticket; the front end knows which ones it gave."""
+    return isinstance(value, str) and _TICKET.fullmatch(value) is not None
 
 
 @dataclass(slots=True)

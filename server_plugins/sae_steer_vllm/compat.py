@@ -30,7 +30,7 @@ from sae_steer.program import Footprint, Program
 from sae_steer.slots import buckets_of
 from sae_steer.wire import check, parse
 from sae_steer_vllm import op
-from sae_steer_vllm.channel import ASK, CARRIED, ON_OUTPUT, PROGRAM, SLOT, TICKET, payload_of, take
+from sae_steer_vllm.channel import ASK, CARRIED, ON_OUTPUT, PROGRAM, SLOT, TICKET, is_ticket, payload_of, take
 from sae_steer_vllm.config import PluginConfig, catalog_of, config_of
 from sae_steer_vllm.frontend import Frontend, admit
 from sae_steer_vllm.gate import Gate
@@ -322,9 +322,11 @@ def _completion_output(original: Any, self: Any, token_ids: Any, finish_reason: 
     return completion
 
 
-def _to_sampling_params(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    if "steering" in (self.model_extra or ()):
-        # The middleware takes the field out of what it honours: this request came another way, as a batch file's do.
+def _to_params(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    by_hand = (self.vllm_xargs or {}).get(ASK)
+    if "steering" in (self.model_extra or ()) or not (by_hand is None or is_ticket(by_hand)):
+        # The middleware puts a ticket in place of the field: this request came another way, as a batch file's do, where
+        # nobody would report what was done, and a beam search would not even do it.
         error = RequestError("steering: requests that come this way cannot be steered.", param="steering")
         raise Refused(error)
     return original(self, *args, **kwargs)
@@ -441,6 +443,8 @@ def _sample_tokens(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 
 _V1, _V2 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner", "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_CHAT = "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest"
+_COMPLETION = "vllm.entrypoints.openai.completion.protocol:CompletionRequest"
 _WRAPPERS: dict[str, Callable[..., Any]] = {
     "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys": _block_keys,
     f"{_SCHEDULER}.__init__": _scheduler_init,
@@ -457,8 +461,10 @@ _WRAPPERS: dict[str, Callable[..., Any]] = {
     "vllm.v1.engine.output_processor:OutputProcessor.process_outputs": _process_outputs,
     "vllm.v1.engine.output_processor:RequestState._new_completion_output": _completion_output,
     "vllm.plugins:load_endpoint_plugins": _load_endpoint_plugins,
-    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_sampling_params": _to_sampling_params,
-    "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_sampling_params": _to_sampling_params,
+    f"{_CHAT}.to_sampling_params": _to_params,
+    f"{_CHAT}.to_beam_search_params": _to_params,
+    f"{_COMPLETION}.to_sampling_params": _to_params,
+    f"{_COMPLETION}.to_beam_search_params": _to_params,
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model": _load_model,
     f"{_V1}.load_model": _load_model,
     f"{_V1}._prepare_inputs": _prepare_v1,

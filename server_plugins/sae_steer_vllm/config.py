@@ -101,7 +101,7 @@ def read_file(path: Path) -> tuple[PluginConfig, str]:
     except OSError as error:
         raise StartError(f"The configuration {path} cannot be read: {error.strerror}.") from None
     except ValueError as error:  # a path that no file can have
-        raise StartError(f"The configuration {ascii(str(path))} cannot be read: {error}.") from None
+        raise StartError(f"The configuration {str(path)!a} cannot be read: {error}.") from None
     try:
         value = loads(data)
     except RequestError as error:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from sae_steer.schema import parse_steering
 from sae_steer.sites import Site
 from sae_steer.strict_json import loads
 from sae_steer.wire import parse, to_text
-from sae_steer_vllm.channel import ASK, ERROR, PROGRAM, RESERVED, SUMS, TICKET
+from sae_steer_vllm.channel import ASK, ERROR, PROGRAM, RESERVED, SUMS, TICKET, new_ticket
 
 
 class WorkerFailed(RunFailed):
@@ -107,7 +106,7 @@ class Frontend:
 
         A ticket is good in this process alone, and nobody can guess one.
         """
-        ticket = token_hex(16)
+        ticket = new_ticket()
         self._tickets[ticket] = collector = Collector(program)
         try:
             yield ticket, collector

@@ -70,11 +70,8 @@ class Gate(Generic[_Request]):
         Returns:
             The slot; None where it must wait.
         """
-        # Who waits already goes first, unless the program is running: then no slot is taken from anybody.
-        bucket = self._pool.bucket_for(program.rows)
-        behind = any(self._pool.bucket_for(p.program.rows) == bucket for p in self._parked)
-        running = any(held.digest == program.digest for held in self._held.values())
-        found = None if behind and not running else self._pool.acquire(program.digest, program.rows)
+        # While somebody waits no slot of that width is free: only who shares one that is in use goes first.
+        found = self._pool.acquire(program.digest, program.rows)
         if found is None:
             self._parked.append(_Parked(name, request, program, may_end))
             return None

@@ -71,8 +71,16 @@ LEDGER: tuple[Symbol, ...] = (
         "refuses the field where no middleware took it out (batch files)",
     ),
     Symbol(
+        "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_beam_search_params",
+        "the same for a beam search",
+    ),
+    Symbol(
         "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_sampling_params",
         "the same for completions",
+    ),
+    Symbol(
+        "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_beam_search_params",
+        "the same for a beam search",
     ),
     Symbol("vllm.v1.engine.async_llm:AsyncLLM.__init__", "joins the front end's two halves", until=_SEAM),
     Symbol("vllm.v1.engine.llm_engine:LLMEngine.__init__", "the same for LLM", until=_SEAM),

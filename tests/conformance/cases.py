@@ -138,12 +138,10 @@ def clamp(feature: int, value: float = 40.0, **more: Any) -> dict[str, Any]:
     return asked(edit([feature], "clamp", value=value, **more))
 
 
-_GATE = {"sae": SAE, "feature": SEA, "above": 5.0}
-_ALL, _PROMPT, _COMPLETION = (
-    clamp(TRAINS),
-    clamp(TRAINS, 60.0, positions="prompt"),
-    clamp(TRAINS, positions="completion"),
-)
+_GATE = {"sae": SAE, "feature": SEA}
+_ALL = clamp(TRAINS)
+_PROMPT = clamp(TRAINS, 60.0, positions="prompt")
+_COMPLETION = clamp(TRAINS, positions="completion")
 
 OPERATIONS = (
     single("clamp", "f' written for f' - f", edit([SEA, TRAINS], "clamp", value=[10.0, 30.0])),

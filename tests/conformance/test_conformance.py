@@ -14,6 +14,9 @@ from tests.conformance.vllm_paths import TWO_WORKERS, engine
 from tests.conformance.wrong import VARIANTS
 from tests.steered_models import SteeredModel, embedded_model
 
+# A compiled engine starts in less than a minute on two idle cores, and in several where others are at work.
+pytestmark = pytest.mark.timeout(900)
+
 Started = AbstractContextManager[Path]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
 

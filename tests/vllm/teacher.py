@@ -34,7 +34,7 @@ class Teacher:
 
     @torch.no_grad()
     def expect(self, prompt: Sequence[int], steering: Json | None, completion: Sequence[int]) -> tuple[Tensor, Any]:
-        """For a prompt of ``P`` tokens and a completion of ``n``: log-probabilities ``[P + n - 1, V]``, and the block."""
+        """The block, and log-probabilities ``[P + n - 1, V]`` over a prompt of ``P`` tokens and ``n`` of an answer."""
         ids = torch.tensor([[*prompt, *completion[:-1]]])
         with self.steer.rows([steering], prompt_lengths=[len(prompt)]) as rows:
             logits = self.steer.model(ids).logits[0]

@@ -143,18 +143,19 @@ def test_compiled_float32_answers_are_those_of_a_server_without_the_plugin(vllm_
 @pytest.mark.timeout(1200)
 def test_compiled_bfloat16_answers_differ_by_what_fusion_does(vllm_servers: Servers) -> None:
     plain, without = compiled(vllm_servers, "bfloat16")
-    differences = [difference(a, b) for a, b in zip(plain, without, strict=True)]
-    print(f"largest difference of a log-probability, compiled bfloat16 with and without the plugin: {max(differences)}")
-    # The op ends a fused kernel at its site: there the residual stream is rounded to bfloat16 where it stayed float32
-    # without it. Logits here are below 32, where bfloat16 has steps of 1/8; a few of them are allowed.
-    assert max(differences) <= 0.5
+    compared = [differences(a, b) for a, b in zip(plain, without, strict=True)]
+    count, largest = sum(map(len, compared)), max(map(max, compared))
+    print(f"compiled bfloat16, with and without the plugin: {count} log-probabilities differ by at most {largest}")
+    assert count >= len(PLAIN) * TOKENS / 2
+    # Seen on a CPU: 0. The op may end a fused kernel at its site, where the residual stream is then rounded to bfloat16
+    # earlier than without it. Logits here are below 32, where bfloat16 has steps of 1/8; a few of them are allowed.
+    assert largest <= 0.5
 
 
-def difference(some: Choice, other: Choice) -> float:
-    """The largest difference of the log-probabilities, up to where the tokens part."""
-    pairs = list(zip(some.tokens, other.tokens, some.logprobs, other.logprobs, strict=True))
-    parted = next((i for i, (a, b, _, _) in enumerate(pairs) if a != b), len(pairs))
-    return max((abs(p - q) for _, _, p, q in pairs[:parted]), default=0.0)
+def differences(some: Choice, other: Choice) -> list[float]:
+    """The differences of the log-probabilities, up to and with the first token where the answers part."""
+    parted = next((i for i, (a, b) in enumerate(zip(some.tokens, other.tokens, strict=True)) if a != b), TOKENS)
+    return [abs(p - q) for p, q in zip(some.logprobs[: parted + 1], other.logprobs, strict=False)]
 
 
 def chat_stream(client: OpenAI, **more: Any) -> list[Any]:

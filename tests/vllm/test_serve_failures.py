@@ -120,8 +120,12 @@ def test_a_batch_file_is_refused_where_it_asks_for_steering(tmp_path: Path) -> N
             "plain": {},
             "steered": {"steering": STEERING},
             "empty": {"steering": {}},
-            "by hand": {"vllm_xargs": {"sae_steer_program": "{}"}},
+            "beam": {"steering": STEERING, "use_beam_search": True, "n": 2},
+            "reserved": {"vllm_xargs": {"sae_steer_program": "{}"}},
             "garbage": {"vllm_xargs": {"steering": "{"}},
+            "ticket": {"vllm_xargs": {"steering": "0" * 32}},
+            "by hand": {"vllm_xargs": {"steering": json.dumps(STEERING)}},
+            "beam by hand": {"vllm_xargs": {"steering": json.dumps(STEERING)}, "use_beam_search": True, "n": 2},
         }.items()
     ]  # fmt: skip
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -131,14 +135,14 @@ def test_a_batch_file_is_refused_where_it_asks_for_steering(tmp_path: Path) -> N
         "-o", str(tmp_path / "out.jsonl"), "--model", str(embedded.MODEL), "--dtype", "float32", "--enforce-eager",
         "--max-model-len", "64", "--additional-config", json.dumps({"sae_steer": setup.config}),
     ]  # fmt: skip
-    done = subprocess.run(
-        command, env=environment_of(setup, tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    environment = environment_of(setup, tmp_path)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout + done.stderr
-    answers = {answer["custom_id"]: answer for answer in map(json.loads, (tmp_path / "out.jsonl").open())}
-    assert answers["plain"]["response"]["status_code"] == 200
-    for name in ("steered", "empty", "by hand", "garbage"):
-        response = answers[name]["response"]
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    responses = {answer["custom_id"]: answer["response"] for answer in answers}
+    assert len(responses) == len(lines)
+    assert responses.pop("plain")["status_code"] == 200
+    for name, response in responses.items():
         assert response["status_code"] == 400, f"{name}: {response}"
         assert "choices" not in (response["body"] or {})
 

@@ -119,8 +119,9 @@ def test_what_is_refused(host: Host, option: str, options: Json) -> None:
 )
 def test_what_is_refused_for_a_mixture_of_experts(host: Host, tmp_path: Path, option: str, options: Json) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
-    config = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_hidden_layers": 1, "vocab_size": 64}
-    (tmp_path / "config.json").write_text(json.dumps(config | sizes | {"num_local_experts": 2}))
+    experts = {"num_local_experts": 2, "num_hidden_layers": 1, "vocab_size": 64}
+    config = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", **sizes, **experts}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     mixture = {"model": str(tmp_path), "skip_tokenizer_init": True}
     assert host.run(rows_of, mixture) == []
     assert host.run(rows_of, mixture | options) == [option]
