@@ -2,11 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
@@ -102,6 +103,7 @@ def engine(
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
+            start_new_session=True,  # what is left of it in the end can be named by one number
         ) as process,
     ):
         running = Engine(process, log)
@@ -111,8 +113,9 @@ def engine(
             yield running
         finally:
             assert process.stdin is not None
-            process.stdin.close()
-            try:
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(60)
-            finally:
-                process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)

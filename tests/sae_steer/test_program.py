@@ -164,7 +164,8 @@ def test_blocks_have_equal_keys_exactly_where_the_same_positions_are_edited(
 
 
 def program_masks(program: Program, positions: np.ndarray, prompt_length: int) -> np.ndarray:
-    return sum(s.by_position(positions, prompt_length).astype(int) << i for i, s in enumerate(program.selectors))
+    masks = [s.by_position(positions, prompt_length).astype(int) << i for i, s in enumerate(program.selectors)]
+    return np.sum(masks, axis=0)
 
 
 def test_a_program_alone_as_the_key_would_share_what_it_must_not() -> None:

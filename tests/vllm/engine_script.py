@@ -50,7 +50,8 @@ def start_llm(config: Json | None, options: Mapping[str, Any]) -> Any:
     """Starts ``vllm.LLM`` with the plugin's configuration; None = without."""
     from vllm import LLM
 
-    return LLM(**(OPTIONS | {"additional_config": {"sae_steer": config} if config is not None else {}} | options))
+    plugin: Json = {"additional_config": {"sae_steer": config} if config is not None else {}}
+    return LLM(**(OPTIONS | plugin | dict(options)))
 
 
 def nothing() -> None:

@@ -22,6 +22,7 @@ from tests.vllm.tiny_models import (
     Expected,
     Json,
     expected,
+    graph_key,
     make_model,
     quantize,
     write_saes,
@@ -124,6 +125,19 @@ def test_quantized_weights_beside_a_residual_stream_in_full_precision(tmp_path: 
     have = answers(tmp_path / "model", saes, requests, tmp_path, tokens=4)
     # A number between two that 8 bits have may go either way, and did: 3e-3 of a log-probability.
     compare(have, expected(model, saes, requests, prompt=PROMPT, tokens=4, closest=2e-2), tolerance=1e-3)
+
+
+@pytest.mark.slow
+def test_graphs_of_other_sites_are_kept_under_another_key(tmp_path: Path) -> None:
+    """Also where the configuration is the same, and the files that it names state another site."""
+    make_model("LlamaForCausalLM").save_pretrained(tmp_path / "model")
+    config = {"saes": [{"name": "sae", "location": str(tmp_path / "sae")}]}
+    keys = []
+    for layer in (0, 1, 1):
+        write_saelens(tmp_path / "sae", d_in=HIDDEN, hook_name=f"blocks.{layer}.hook_resid_post")
+        with hosted(tmp_path, start_llm, config, OPTIONS | {"model": str(tmp_path / "model")}) as host:
+            keys.append(host.run(graph_key))
+    assert keys[0] != keys[1] == keys[2]
 
 
 # ------------------------------------------------------------------------------------------- refusals

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedModel
 
 import sae_steer
@@ -95,8 +96,8 @@ def _clamp(feature: int, **more: object) -> Json:
 
 def _chat(model: SteeredModel, *texts: str) -> list[int]:
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-    ids = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    return list(ids)
+    chat = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    return [int(token) for token in chat["input_ids"]]
 
 
 def _right(teacher: Teacher, asked: list[Ask], answers: list[list[Answer]], **how: bool) -> None:
@@ -315,7 +316,7 @@ def _adapter(folder: Path, base: PreTrainedModel, seed: int) -> tuple[str, PreTr
     tensors = {}
     modules = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
     for name, module in merged.named_modules():
-        if name.endswith(modules):
+        if name.endswith(modules) and isinstance(module, nn.Linear):
             out, inner = module.weight.shape
             a = torch.randn(rank, inner, generator=generator) * inner**-0.5
             b = torch.randn(out, rank, generator=generator) * 0.1

@@ -35,8 +35,8 @@ def paths_missing(_: None) -> list[str]:
     missing = []
     for path in {path for row in REFUSALS for path in row.paths}:
         owner, _, name = path.rpartition(".")
-        place = config
-        for step in filter(None, owner.split(".")):
+        place: Any = config
+        for step in owner.split(".") if owner else ():
             place = getattr(place, step)
         if not hasattr(place, name):
             missing.append(path)

@@ -132,9 +132,9 @@ def write_saes(root: Path, model: PreTrainedModel) -> dict[str, Path]:
 class Int8Linear(nn.Linear):
     """A linear layer as 8-bit kernels compute it: one scale for each token of the input."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        scale = x.abs().amax(dim=-1, keepdim=True) / 127
-        return nn.functional.linear((x / scale).round() * scale, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        scale = input.abs().amax(dim=-1, keepdim=True) / 127
+        return nn.functional.linear((input / scale).round() * scale, self.weight, self.bias)
 
 
 def quantize(model: PreTrainedModel, folder: Path) -> None:
@@ -208,3 +208,9 @@ def expected(
     assert float((best[..., 0] - best[..., 1]).min()) > closest
     logprobs = logits.log_softmax(dim=-1).gather(2, completions[..., None])[..., 0]
     return [Expected(*row) for row in zip(completions.tolist(), logprobs.tolist(), blocks, strict=True)]
+
+
+def graph_key(llm: Any) -> str:
+    """Under which key vLLM keeps an engine's compiled graphs, in the engine's process."""
+    (key,) = llm.collective_rpc(lambda worker: worker.model_runner.vllm_config.compute_hash())
+    return str(key)
