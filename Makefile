@@ -77,9 +77,10 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# measure what an attached but idle plugin costs
+# measure what an attached but idle plugin costs, and what steering costs vLLM
 bench: venv
 	$(BIN)/python benchmarks/attach_idle.py
+	$(BIN)/python benchmarks/vllm_decode.py
 
 # say how to rebuild the embedded model
 embedded:

@@ -68,6 +68,7 @@ def vllm_decode(result: dict[str, Any]) -> str:
 
 SECTIONS: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "attach_idle": (RESULTS / "attach_idle.json", attach_idle),
+    "vllm_decode": (RESULTS / "vllm_decode.json", vllm_decode),
 }
 
 

@@ -35,7 +35,7 @@ HOOKED = (2, 5, 8, 11)
 PER_LAYER = 2  # features that a program edits at each hooked layer
 SEQUENCES = 16
 PROMPT = 32
-TOKENS = 40
+TOKENS = 24
 BOUNDS = {"idle": 0.01, "one program": 0.05}
 CASES = {
     "plain": ("plain", "plain"),
@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/vllm_decode.json"))
     parser.add_argument("--lens", type=Path, help="folder that vllm-lens was installed into; left out without it")
     parser.add_argument("--rounds", type=int, default=120, help="the most rounds")
+    parser.add_argument("--minutes", type=float, default=60, help="the most minutes of rounds")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--engine", choices=["plain", "plugin", "lens"], help=argparse.SUPPRESS)
@@ -211,7 +212,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         parameters = build(Path(folder))
         engines = {kind: Engine(kind, Path(folder), options) for kind in tqdm(kinds, desc="starting engines")}
-        times = measure(engines, cases, options.rounds)
+        times = measure(engines, cases, options.rounds, 60 * options.minutes)
         about = {kind: engine.about for kind, engine in engines.items()}
         for engine in engines.values():
             engine.close()
@@ -257,7 +258,9 @@ def main() -> None:
     print(json.dumps(results, indent=2))
 
 
-def measure(engines: dict[str, Engine], cases: dict[str, tuple[str, str]], rounds: int) -> dict[str, list[float]]:
+def measure(
+    engines: dict[str, Engine], cases: dict[str, tuple[str, str]], rounds: int, seconds: float
+) -> dict[str, list[float]]:
     """Times every case once a round, in a new order each time."""
     for kind, what in cases.values():
         engines[kind].run(what)  # loads what is loaded once
@@ -265,7 +268,10 @@ def measure(engines: dict[str, Engine], cases: dict[str, tuple[str, str]], round
     order = list(cases)
     shuffle = random.Random(0)
     rng = np.random.default_rng(0)
+    deadline = time.monotonic() + seconds
     for number in tqdm(range(rounds), desc="rounds"):
+        if time.monotonic() > deadline:
+            break
         shuffle.shuffle(order)
         for name in order:
             kind, what = cases[name]

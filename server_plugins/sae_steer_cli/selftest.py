@@ -1,6 +1,7 @@
 """``sae-steer selftest``: proves on a running server that steering does what it says, and nothing else."""
 
 import json
+import random
 import sys
 from collections import Counter
 from contextlib import closing
@@ -61,6 +62,10 @@ def selftest(
     value: Annotated[
         float | None, typer.Option(metavar="V", help="What to clamp it to, in the SAE's own units; with --feature.")
     ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Makes the same prompts each time, for a server whose prefix cache is empty."),
+    ] = None,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", min=1, help="How long one answer may take.")] = 120.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
@@ -75,6 +80,8 @@ def selftest(
         with closing(Server(url, api_key or None, timeout)) as server:
             progress = _Progress()
             subject = Subject(server, model_of(server, model), progress.tell)
+            if seed is not None:
+                subject.chance = random.Random(seed)
             outcomes: list[Outcome] = []
             for outcome in run(subject, checks(given, sae)):
                 progress.clear()

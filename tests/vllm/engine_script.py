@@ -9,11 +9,13 @@ import multiprocessing
 import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from sae_steer import embedded
 
@@ -234,11 +236,20 @@ def hosted(
         host.run(start, *args, seconds=_START_SECONDS)
         yield host
     finally:
+        started = psutil.Process(process.pid).children(recursive=True) if process.is_alive() else []
         here.close()  # the process ends by itself once nobody asks any more
         process.join(30)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        process.kill()
+        process.join()
+        for each in started:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+
+
+def _shut_down(engine: Any) -> None:
+    """Ends an engine's processes: at the end of a process of multiprocessing, vLLM's own way of doing so is not run."""
+    core = engine.llm_engine.engine_core if hasattr(engine, "llm_engine") else engine
+    core.shutdown()
 
 
 def _main(connection: Connection, environment: Mapping[str, str], log: str) -> None:
@@ -253,9 +264,9 @@ def _main(connection: Connection, environment: Mapping[str, str], log: str) -> N
             try:
                 function, args, kwargs = connection.recv()
             except EOFError:
-                if not multiprocessing.active_children():
-                    os._exit(0)  # nothing to put away, which vLLM takes seconds for
-                return
+                if multiprocessing.active_children():
+                    _shut_down(*engine)
+                os._exit(0)  # nothing else is to be put away, which vLLM takes seconds for
             try:
                 value = function(*engine, *args, **kwargs)
                 if asyncio.iscoroutine(value):

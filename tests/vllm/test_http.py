@@ -304,11 +304,11 @@ def test_a_profile_is_replaced_and_deleted_while_a_request_runs_with_it(vllm_ser
         )
         came = [next(iter(chunks)).choices[0]]
         put(clamp(SPACE))
+        assert vllm_server.metric("vllm:num_requests_running") == 1, "it was to be replaced while the request ran"
         replaced = client.completions.create(model=f"{NAME}:mine", **asked, max_tokens=8, extra_body=extra)
         assert http.delete("/v1/steering/profiles/mine").status_code == 200
         with pytest.raises(openai.NotFoundError):
             client.completions.create(model=f"{NAME}:mine", **asked, max_tokens=8)
-        assert vllm_server.metric("vllm:num_requests_running") == 1, "the first request was to run all the while"
         came += [choice for chunk in chunks for choice in chunk.choices]
         expected = complete(client, Ask(prompt, asking(clamp(TRAINS))), 400)
         then = complete(client, Ask(prompt, asking(clamp(SPACE))), 8)

@@ -151,11 +151,6 @@ async def stream(engine: Any, asked: list[Ask], ranks: int) -> list[list[Answer]
     return list(await asyncio.gather(*(one(number, ask) for number, ask in enumerate(asked))))
 
 
-async def close(engine: Any) -> None:
-    """Ends the engine's processes."""
-    engine.shutdown()
-
-
 @pytest.mark.slow
 def test_each_engine_of_data_parallelism_steers(
     tmp_path: Path, teacher: Teacher, model: SteeredModel, early: Path
@@ -165,7 +160,6 @@ def test_each_engine_of_data_parallelism_steers(
     with hosted(tmp_path, start_replicas, _config(early), two, environment=TWO_WORKERS) as host:
         for turn in (asked, asked[1:] + asked[:1]):  # each request is answered by each engine
             _right(teacher, turn, host.run(stream, turn, 2))
-        host.run(close)
 
 
 def _complete(server: VllmServer, ask: Ask) -> tuple[list[int], Json]:

@@ -153,5 +153,5 @@ def _undecided(subject: Subject, what: str) -> str:
     if not subject.reaches_cache:
         raise Skipped(_UNSEEN)
     if subject.salts:
-        raise Skipped("on none of three prompts would a leak have changed the answer")
-    raise Failed(f"{what} is what a leak would answer, on each of three prompts")
+        raise Skipped("on none of eight prompts would a leak have changed the answer")
+    raise Failed(f"{what} is what a leak would answer, on each of eight prompts")

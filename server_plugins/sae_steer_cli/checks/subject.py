@@ -85,6 +85,7 @@ class Subject:
         edit: An edit that changes answers.
         other: The same feature clamped to another value, with another effect.
         reaches_cache: Whether edits of prompt tokens alone change answers: only then would text show a leak.
+        chance: What prompts are made by.
     """
 
     server: Server
@@ -100,6 +101,7 @@ class Subject:
     edit: Edit | None = None
     other: Edit | None = None
     reaches_cache: bool = False
+    chance: random.Random = field(default_factory=random.SystemRandom)
     _per_sentence: float = 0.0
 
     @property
@@ -161,25 +163,24 @@ class Subject:
 
     def measure(self) -> None:
         """Finds out how many tokens a sentence has, for :meth:`prompt`."""
-        self._per_sentence = self.ask(_prose(4), max_tokens=1).prompt_tokens / 4 or 16.0
+        self._per_sentence = self.ask(_prose(4, self.chance), max_tokens=1).prompt_tokens / 4 or 16.0
 
     def prompt(self) -> str:
         """A prompt of several blocks that no server has seen: it begins with random text."""
         tokens = PROMPT_TOKENS
         if self.context is not None:
             tokens = min(tokens, self.context - 8 * TOKENS)
-        return _prose(max(1, int(tokens / self._per_sentence)))
+        return _prose(max(1, int(tokens / self._per_sentence)), self.chance)
 
     def prompts(self) -> Iterator[str]:
         """A few of them: on one alone an edit may happen to change nothing."""
-        return (self.prompt() for _ in range(3))
+        return (self.prompt() for _ in range(8))
 
 
-def _prose(sentences: int) -> str:
-    chance = random.SystemRandom()
+def _prose(sentences: int, chance: random.Random) -> str:
     parts = [
         f"{chance.choice(_WHO)} {chance.choice(_DID)} {chance.randint(2, 99)} {chance.choice(_KIND)} "
         f"{chance.choice(_WHAT)} {chance.choice(_WHERE)}."
         for _ in range(sentences)
     ]
-    return " ".join([f"{token_hex(4)}.", *parts, "Then"])
+    return " ".join([f"{chance.getrandbits(32):08x}.", *parts, "Then"])
