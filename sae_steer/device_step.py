@@ -1,6 +1,6 @@
 """The token -> slot map of one step, built on the device from what the host has there: no synchronisation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sae_steer.program import Program
 from sae_steer.runs import RunTable
+from sae_steer.sites import Site
 from sae_steer.slots import Bucket
 from sae_steer_kernels import EditBuffers
 
@@ -18,22 +19,44 @@ class DeviceStep:
 
     Args:
         buckets: The slots.
-        sites: Number of sites.
+        sites: All sites, in the model's order.
         capacity: Most tokens of a step, padding and all.
         vocabulary: Token ids are below this number.
         device: Where all of it lives.
+        few: In passes of at most so many rows every site reports to a place of its own, and all are counted at once.
     """
 
     def __init__(
-        self, buckets: Sequence[Bucket], *, sites: int, capacity: int, vocabulary: int, device: torch.device
+        self,
+        buckets: Sequence[Bucket],
+        *,
+        sites: Sequence[Site],
+        capacity: int,
+        vocabulary: int,
+        device: torch.device,
+        few: int = 64,
     ) -> None:
         self.capacity = capacity
         self.device = device
         self.slots = tuple(torch.zeros(capacity, dtype=torch.int32, device=device) for _ in buckets)
         self.bits = torch.zeros(capacity, dtype=torch.int32, device=device)
-        self.runs = tuple(RunTable(sites, bucket.rows, device) for bucket in buckets)
-        self.buffers = tuple(EditBuffers.empty(tokens=capacity, rows=bucket.rows, device=device) for bucket in buckets)
+        self.runs = tuple(RunTable(len(sites), bucket.rows, device) for bucket in buckets)
         self.tokens = 0
+        self.few = min(few, capacity)
+        self._sites = tuple(sites)
+        self._few = tuple(
+            EditBuffers.empty(tokens=len(sites) * self.few, rows=bucket.rows, device=device).split(len(sites))
+            for bucket in buckets
+        )
+        self._few_of = [tuple(few.at(number) for few in self._few) for number in range(len(sites))]
+        self._many = tuple(EditBuffers.empty(tokens=capacity, rows=bucket.rows, device=device) for bucket in buckets)
+        self._edited: tuple[list[int], ...] = tuple([] for _ in buckets)
+        # On which selectors each row of a slot holds, at each site.
+        self._selects = tuple(
+            torch.zeros(len(sites), bucket.slots + 1, bucket.rows, dtype=torch.int32, device=device)
+            for bucket in buckets
+        )
+        self._numbers = torch.arange(len(sites), device=device)
         # What a selector asks of token ids; -1 allows every selector.
         self._by_token = tuple(
             torch.full((bucket.slots + 1, vocabulary), -1, dtype=torch.int32, device=device) for bucket in buckets
@@ -41,20 +64,26 @@ class DeviceStep:
         self._vocabulary = vocabulary
         self._rows = tuple(torch.zeros(capacity, dtype=torch.int64, device=device) for _ in buckets)
         self._positions = torch.zeros(capacity, dtype=torch.int64, device=device)
-        self._touched = torch.zeros(capacity, dtype=torch.bool, device=device)
+        self._touched: Tensor | None = None
+        self._used: list[int] = []  # buckets that have a run in the step
         self._arange = torch.arange(capacity, device=device)
 
     @property
     def nbytes(self) -> int:
         """Bytes of what has a fixed size."""
-        buffers = [t for b in self.buffers for t in (b.before, b.after, b.dose, b.flags)]
-        mine = [*self.slots, self.bits, *self._by_token, *self._rows, self._positions, self._touched, self._arange]
-        return sum(t.nbytes for t in [*buffers, *mine])
+        shared = [self.bits, self._positions, self._arange]
+        mine = [*shared, *self.slots, *self._by_token, *self._rows, *self._selects]
+        return sum(t.nbytes for t in mine) + sum(b.nbytes for b in (*self._few, *self._many))
 
     def load(self, bucket: int, slot: int, program: Program) -> None:
-        """Tells a slot what its program asks of token ids."""
+        """Tells a slot on which tokens its program's rows hold."""
         allowed = torch.from_numpy(program.by_token(self._vocabulary))
         self._by_token[bucket][slot] = allowed.to(self.device)
+        selects = torch.zeros(len(self._sites), self._selects[bucket].shape[2], dtype=torch.int32)
+        for part in program.sites:
+            masks = torch.tensor([row.select for row in part.rows], dtype=torch.int32)
+            selects[self._sites.index(part.site), : len(part.rows)] = masks
+        self._selects[bucket][:, slot] = selects.to(self.device)
 
     def fill(
         self, rows: Sequence[NDArray[np.int64]], starts: Tensor, positions: Tensor, tokens: Tensor, count: int
@@ -69,33 +98,62 @@ class DeviceStep:
             count: ``T``.
         """
         self.clear()
-        if not any(row.any() for row in rows):
+        self._used = [number for number, own in enumerate(rows) if own.any()]
+        if not self._used:
             return
         self.tokens = count
-        place = self._arange[:count]
-        request = (place[:, None] >= starts[1 : rows[0].size + 1]).sum(dim=1)
+        request = torch.searchsorted(starts[1 : rows[0].size + 1], self._arange[:count], right=True)
         positions = positions[:count].long()
         tokens = tokens[:count].long().clamp(0, self._vocabulary - 1)
         self._positions[:count] = positions
-        bits = torch.zeros_like(self.bits[:count])
-        for number, (run, own) in enumerate(zip(self.runs, rows, strict=True)):
-            if not own.any():
-                continue
+        bits: Tensor | None = None
+        for number in self._used:
+            run = self.runs[number]
             # Tokens beyond the last request are nobody's: ``count`` may be what the host hoped for.
-            row = torch.from_numpy(np.append(own, 0)).to(self.device)[request]
+            row = torch.from_numpy(np.append(rows[number], 0)).to(self.device)[request]
             slot = run.slot[row]
             held = run.held(row, positions) & self._by_token[number][slot, tokens]
-            self.slots[number][:count] = torch.where(held != 0, slot, 0)
+            holds = held != 0
+            self.slots[number][:count] = slot * holds
             # A token that is computed again, after a preemption, counts once.
-            self._rows[number][:count] = torch.where((held != 0) & (positions > run.seen[row]), row, 0)
-            bits |= torch.where(row != 0, held, 0)
+            self._rows[number][:count] = row * (holds & (positions > run.seen[row]))
+            bits = held if bits is None else bits | held
+        assert bits is not None  # there is a bucket in use
         self.bits[:count] = bits
 
-    def count(self, bucket: int, site: int, select: Tensor) -> None:
-        """Adds what an edit just reported to the sums of its runs; ``select`` as in :meth:`RunTable.count`."""
+    def reports(self, site: int, rows: int) -> tuple[EditBuffers, ...]:
+        """Where a site's edit reports, for each bucket, in a forward pass of so many rows."""
+        return self._few_of[site] if rows <= self.few else self._many
+
+    def edited(self, site: int, buckets: Iterable[int], rows: int) -> None:
+        """Counts, now or at the end of the step, what a site's edit has reported; ``rows`` as in :meth:`reports`."""
+        for bucket in buckets:
+            if rows <= self.few:
+                self._edited[bucket].append(site)
+            else:
+                self._count(bucket, self._numbers[site, None], self._many[bucket].split(1))
+
+    def _count(self, bucket: int, sites: Tensor, reports: EditBuffers) -> None:
         t = self.tokens
-        row, slots, buffers = self._rows[bucket][:t], self.slots[bucket][:t], self.buffers[bucket].first(t)
-        self._touched[:t] |= self.runs[bucket].count(site, row, slots, self.bits[:t], select, buffers)
+        row, slots = self._rows[bucket][:t], self.slots[bucket][:t]
+        select = self._selects[bucket]
+        told = EditBuffers(reports.before[:, :t], reports.after[:, :t], reports.dose[:, :t], reports.flags[:, :t])
+        if len(sites) < len(select):
+            select = select[sites]
+        touched = self.runs[bucket].count(sites, row, slots, self.bits[:t], select, told)
+        self._touched = touched if self._touched is None else self._touched | touched
+
+    def _count_few(self) -> None:
+        for bucket, edited in enumerate(self._edited):
+            if not edited:
+                continue
+            sites, reports = self._numbers, self._few[bucket]
+            if edited != list(range(len(self._sites))):
+                # A site that this pass did not reach holds what an earlier one left there.
+                sites = torch.tensor(edited, device=self.device)
+                reports = reports.at(sites)
+            self._count(bucket, sites, reports)
+            edited.clear()
 
     def finish(self, touched: Tensor | None = None) -> Tensor | None:
         """Ends a step.
@@ -109,17 +167,21 @@ class DeviceStep:
         t = self.tokens
         if not t:
             return None
+        self._count_few()
+        found = self._touched if self._touched is not None else torch.zeros(t, dtype=torch.bool, device=self.device)
         if touched is not None:
-            self._touched[:t] |= touched.to(self.device)
-        for number, run in enumerate(self.runs):
-            run.finish(self._rows[number][:t], self._positions[:t], self._touched[:t])
-        return self._touched[:t].clone()
+            found = found | touched.to(self.device)
+        for number in self._used:
+            self.runs[number].finish(self._rows[number][:t], self._positions[:t], found)
+        return found
 
     def clear(self) -> None:
         """No token of the next forward pass has a slot."""
         if self.tokens:
-            for slots, rows in zip(self.slots, self._rows, strict=True):
-                slots.zero_()
-                rows.zero_()
-            self._touched.zero_()
+            for number in self._used:
+                self.slots[number].zero_()
+                self._rows[number].zero_()
+            self._touched = None
+            for edited in self._edited:  # a pass that failed half-way is not counted with the next one
+                edited.clear()
         self.tokens = 0

@@ -37,13 +37,13 @@ class EditLayer:
     Args:
         tables: The site's tables.
         step: The token -> slot map that all sites share.
-        buffers: Where the edits report, one for each bucket, of the step's capacity; None = the layer's own.
+        reports: Whether the layer has buffers of its own to report to; without them, each call says where.
     """
 
-    def __init__(self, tables: SiteTables, step: TokenMap, buffers: Sequence[EditBuffers] | None = None) -> None:
+    def __init__(self, tables: SiteTables, step: TokenMap, *, reports: bool = True) -> None:
         self.tables = tables
         self.step = step
-        self._shared = buffers
+        self._reports = reports
         # One flag a bucket, on the CPU: the op reads it without a device synchronisation, and a compiled graph does not
         # bake it in. ``enabled`` is their disjunction, for eager code, where an idle site costs one attribute look-up.
         self.active = tuple(torch.zeros((), dtype=torch.bool) for _ in tables.tables)
@@ -60,8 +60,8 @@ class EditLayer:
         device = self.tables.device
         self.capacity = tokens
         self.buffers = tuple(
-            self._shared
-            or (EditBuffers.empty(tokens=tokens, rows=t.enc.shape[1], device=device) for t in self.tables.tables)
+            EditBuffers.empty(tokens=tokens, rows=table.enc.shape[1], device=device)
+            for table in (self.tables.tables if self._reports else ())
         )
         wholes = self.tables.wholes
         self._base = torch.zeros(tokens, self.tables.width_out, device=device) if wholes else None
@@ -83,28 +83,36 @@ class EditLayer:
             flag.fill_(number in buckets)
         if self.capacity < self.step.capacity:
             self._allocate(self.step.capacity)
-        for number in buckets:
+        for buffers in self.buffers:
             # A pass that never reaches the site must not be counted by what the pass before it left here.
-            self.buffers[number].flags.zero_()
+            buffers.flags.zero_()
 
-    def __call__(self, y: Tensor, read: Tensor | None = None, residual: Tensor | None = None) -> None:
+    def __call__(
+        self,
+        y: Tensor,
+        read: Tensor | None = None,
+        residual: Tensor | None = None,
+        reports: Sequence[EditBuffers] | None = None,
+    ) -> None:
         """Edits ``y [..., D_out]`` in place, rows in the order of the step's map.
 
         Args:
             y: The tensor that is written.
             read: ``[..., D]`` what is encoded, where it is not ``y``.
             residual: ``[..., D]`` added to what is encoded.
+            reports: For each bucket, where its edits report; None = the layer's own buffers.
         """
         if not self.armed:
             return
+        reports = self.buffers if reports is None else reports
         if y.is_contiguous():
-            self._edit(y.view(-1, y.shape[-1]), _flat(read), _flat(residual))
+            self._edit(y.view(-1, y.shape[-1]), _flat(read), _flat(residual), reports)
         else:
             flat = y.reshape(-1, y.shape[-1])  # a copy, perhaps
-            self._edit(flat, _flat(read), _flat(residual))
+            self._edit(flat, _flat(read), _flat(residual), reports)
             y.copy_(flat.view(y.shape))
 
-    def _edit(self, y: Tensor, read: Tensor | None, residual: Tensor | None) -> None:
+    def _edit(self, y: Tensor, read: Tensor | None, residual: Tensor | None, reports: Sequence[EditBuffers]) -> None:
         tokens = y.shape[0]
         bits = self.step.bits[:tokens]
         base = self._base[:tokens] if self._base is not None else None
@@ -127,7 +135,7 @@ class EditLayer:
                     whole.enc, *decoder, whole.row_float, whole.row_int, base, read, residual,
                 )  # fmt: skip
             feature_edit(
-                y, slots, bits, active, table, self.buffers[number].first(tokens),
+                y, slots, bits, active, table, reports[number].first(tokens),
                 read=read, residual=residual, base=base, rank=ranks,
             )  # fmt: skip
 

@@ -127,6 +127,11 @@ class Row:
     gate: Gate | None = None
     gain: GainTable | None = None
 
+    @property
+    def select(self) -> int:
+        """Bit mask: the row's edit holds on tokens whose bits meet it."""
+        return 1 << self.selector if self.selector >= 0 else 0
+
 
 @dataclass(frozen=True, slots=True)
 class SiteProgram:

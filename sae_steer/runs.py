@@ -132,6 +132,7 @@ class RunTable:
                 have = getattr(self, name)
                 grown[tuple(slice(0, n) for n in have.shape)] = have
             setattr(self, name, grown)
+        self.starts[0, 0] = 0  # a piece for nobody's tokens too, with nothing in it
         self._free += range(max(old, 1), size)
 
     slot: Tensor
@@ -162,38 +163,38 @@ class RunTable:
 
     def held(self, row: Tensor, positions: Tensor) -> Tensor:
         """The mask of the selectors that hold by position: ``row [T]``, ``positions [T]`` to ``[T]`` int32."""
-        piece = (self.starts[row] <= positions[:, None]).sum(dim=1, keepdim=True) - 1
-        return self.masks[row].gather(1, piece.clamp_min(0)).squeeze(1)
+        piece = (self.starts[row] <= positions[:, None]).sum(dim=1) - 1
+        return self.masks[row, piece]
 
     def count(
-        self, site: int, row: Tensor, slots: Tensor, bits: Tensor, select: Tensor, buffers: EditBuffers
+        self, sites: Tensor, row: Tensor, slots: Tensor, bits: Tensor, select: Tensor, buffers: EditBuffers
     ) -> Tensor:
-        """Adds what a step did at one site.
+        """Adds what a step did at some sites, ``n`` of them.
 
         Args:
-            site: Number of the site.
+            sites: ``[n]`` int64 numbers of the sites.
             row: ``[T]`` int64, the row of each token that counts; 0 for others.
             slots: ``[T]`` int32.
             bits: ``[T]`` int32.
-            select: ``[S, K]`` int32: on which selectors each row of a slot holds.
-            buffers: What the edit reported, ``T`` rows.
+            select: ``[n, S, K]`` int32: on which selectors each row of a slot holds.
+            buffers: What the edits reported, ``[n, T, ...]`` each.
 
         Returns:
             ``[T]`` bool: the tokens that were touched.
         """
-        marks = (buffers.flags[:, None] & self._marks) != 0
+        marks = (buffers.flags[..., None] & self._marks) != 0
         f, g = buffers.before, buffers.after
         # An edit that does not hold leaves f' = f. Beyond the rows of a token's slot are values of other steps, in
         # columns that no report reads.
-        held = (bits[:, None] & select.index_select(0, slots)) != 0
-        told = buffers.dose.nan_to_num(0.0, 0.0)  # a token of length zero has no dose
-        width = _SITE_HEAD + 4 * self.rows
-        sums = self.sums[:, _HEAD + site * width : _HEAD + (site + 1) * width]
-        zero = self._zero.expand(len(told), 1)  # the largest dose is no sum
-        parts = [marks, told[:, None], zero, held, f != g, f * held, g * held]
-        sums.index_add_(0, row, torch.cat(parts, dim=1).double())
-        sums[:, _DOSE_MAX].scatter_reduce_(0, row, told.double(), "amax")
-        return marks[:, 0]
+        held = (bits[:, None] & select.index_select(1, slots)) != 0
+        told = buffers.dose.nan_to_num(0.0, 0.0).double()  # a token of length zero has no dose
+        zero = self._zero.expand(*told.shape, 1)  # the largest dose is no sum
+        parts = torch.cat([marks, told[..., None], zero, held, f != g, f * held, g * held], dim=2)
+        cells = self.sums[:, _HEAD:].view(-1, self.sites, parts.shape[2])
+        cells.index_put_((row[None], sites[:, None]), parts.double(), accumulate=True)
+        largest = (_HEAD + _DOSE_MAX + sites * cells.shape[2])[:, None] + row * self.sums.shape[1]
+        self.sums.view(-1).scatter_reduce_(0, largest.view(-1), told.view(-1), "amax")
+        return marks[..., 0].any(dim=0)
 
     def finish(self, row: Tensor, positions: Tensor, touched: Tensor) -> None:
         """Ends a step: counts the touched tokens, and remembers how far each request has come.

@@ -129,10 +129,6 @@ class SiteTables:
             )
             for bucket in buckets
         )
-        # On which selectors each row holds: a column of ``row_int``, apart for those that read nothing else.
-        self.selects = tuple(
-            torch.zeros(bucket.slots + 1, bucket.rows, dtype=torch.int32, device=device) for bucket in buckets
-        )
         self.device = device
         self.wholes = tuple(
             Whole.load(entry.sae, self._numbers[entry.sae.fingerprint], device) for entry in saes if entry.whole
@@ -226,8 +222,6 @@ class SiteTables:
         for i, row in enumerate(part.rows):
             if row.gain is not None:
                 _pack_gain(row.gain, table.gain[slot, i], table.row_float[slot, i])
-        self.selects[bucket][slot] = 0
-        self.selects[bucket][slot, :used] = table.row_int[slot, :used, RowInt.SELECT]
         table.slot_float[slot, SlotFloat.DOSE_LIMIT] = program.dose_limit
         skips = skips_of(table.row_float[slot, :used], table.row_int[slot, :used], table.slot_float[slot])
         table.slot_int[slot, SlotInt.SKIPS] = int(skips)
@@ -260,7 +254,7 @@ def _pack_edit(row: Row, floats: Tensor, ints: Tensor) -> None:
     floats[RowFloat.MASK_LO], floats[RowFloat.MASK_HI] = row.mask_lo, row.mask_hi
     floats[RowFloat.GAMMA] = row.gamma
     ints[RowInt.NORM_UNITS] = int(row.norm_units)
-    ints[RowInt.SELECT] = 1 << row.selector if row.selector >= 0 else 0
+    ints[RowInt.SELECT] = row.select
     if row.gate is not None:
         ints[RowInt.WHEN_ROW] = row.gate.row
         floats[RowFloat.WHEN_ABOVE], floats[RowFloat.WHEN_BELOW] = row.gate.above, row.gate.below

@@ -1,5 +1,7 @@
 """What an op is here: a definition, implementations, the choice among them, and how exact each must be."""
 
+import functools
+import importlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ class Op:
     Args:
         name: Name of the op; ``SAE_STEER_<NAME>`` overrides the choice of implementation.
         reference: The definition, in float64.
-        implementations: By provider name ("torch", "triton").
+        implementations: By provider name ("torch", "numba", "triton").
         by_device: Default provider for each device type.
         tolerances: Largest relative error against ``reference`` for each dtype of the written tensor.
     """
@@ -44,3 +46,17 @@ class Op:
                 f"{self.name} has no implementation {provider!r} for {device.type}; {self.variable} takes: {have}."
             )
         return self.implementations[provider]
+
+
+def lazily(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module that is imported at the first call."""
+
+    @functools.cache
+    def target() -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return function
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        return target()(*arguments, **keywords)
+
+    return call

@@ -76,14 +76,14 @@ class Editor:
 
     def edit(self, y: Tensor, read: Tensor | None, residual: Tensor | None) -> None:
         """Edits ``y [T, D]``, and adds to the sums what that did."""
-        if not self.buckets:
+        step, rows = self.step, y.shape[0]
+        if not self.buckets or not step.tokens:
             return
         # Rows of the map are rows of the batch: a host that gives a site part of them would edit the wrong ones.
-        if not self.step.tokens <= y.shape[0] <= self.step.capacity:
-            raise RuntimeError(f"{self.layer.site} got {y.shape[0]} rows in a step of {self.step.tokens} tokens")
-        self.layer(y, read, residual)
-        for bucket in self.buckets:
-            self.step.count(bucket, self.number, self.layer.tables.selects[bucket])
+        if not step.tokens <= rows <= step.capacity:
+            raise RuntimeError(f"{self.layer.site} got {rows} rows in a step of {step.tokens} tokens")
+        self.layer(y, read, residual, step.reports(self.number, rows))
+        step.edited(self.number, self.buckets, rows)
 
 
 @dataclass(slots=True)
@@ -157,7 +157,7 @@ class Worker:
         buckets = buckets_of(limits)
         self.step = DeviceStep(
             buckets,
-            sites=len(sites),
+            sites=sites,
             capacity=shape.max_tokens,
             vocabulary=shape.vocabulary,
             device=shape.device,
@@ -176,7 +176,7 @@ class Worker:
                 dtype=shape.dtype,
                 device=shape.device,
             )
-            self.editors[name] = Editor(number, EditLayer(tables, self.step, self.step.buffers), self.step)
+            self.editors[name] = Editor(number, EditLayer(tables, self.step, reports=False), self.step)
             self.hooked.append(site)
         self._runs: dict[str, _Run] = {}
         self._loaded: dict[Slot, str] = {}
@@ -297,8 +297,6 @@ class Worker:
         """
         touched = self.step.finish(before.touched if before is not None else None)
         self.step.clear()
-        for editor in self.editors.values():
-            editor.arm(_NONE)
         if touched is None or self._batch is None:
             return None
         parts: list[Tensor] = []

@@ -29,11 +29,12 @@ steps = st.builds(
 )
 
 
-@pytest.fixture(scope="module", autouse=True, params=["in one go", "grouped"])
+@pytest.fixture(scope="module", autouse=True, params=["torch, in one go", "torch, grouped", "numba"])
 def regime(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Both ways in which the torch implementation goes through a step."""
+    """The implementations for CPUs, and both ways in which torch's goes through a step."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "grouped":
+        patch.setenv(FEATURE_EDIT.variable, request.param.partition(",")[0])
+        if request.param == "torch, grouped":
             patch.setattr(torch_impl, "GATHERED", 0)
         yield
 
@@ -217,7 +218,7 @@ def test_compiles_into_a_full_graph() -> None:
 
 def test_the_override_must_name_an_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FEATURE_EDIT.variable, "abacus")
-    with pytest.raises(LookupError, match="SAE_STEER_FEATURE_EDIT takes: torch"):
+    with pytest.raises(LookupError, match="SAE_STEER_FEATURE_EDIT takes: torch, numba"):
         FEATURE_EDIT.implementation(torch.device("cpu"))
 
 

@@ -108,12 +108,15 @@ class Sides:
     make_runs: Callable[..., RunTable] = RunTable
 
     def __post_init__(self) -> None:
-        self.step = self.make_step(BUCKETS, sites=len(SITES), capacity=CAPACITY, vocabulary=VOCABULARY, device=CPU)
+        self.step = self.make_step(
+            BUCKETS, sites=SITES, capacity=CAPACITY, vocabulary=VOCABULARY, device=CPU, few=CAPACITY // 4
+        )
         # One run fits: from the second on, the tables grow under those that are there.
         self.step.runs = tuple(self.make_runs(len(SITES), bucket.rows, CPU, capacity=1) for bucket in BUCKETS)
         self.truth = StepMap(len(BUCKETS), CPU, CAPACITY)
         self.pool = SlotPool(BUCKETS)
         self.live: dict[int, Live] = {}
+        self.rows = 0  # of the forward pass
         self.selects = [[torch.zeros(b.slots + 1, b.rows, dtype=torch.int32) for b in BUCKETS] for _ in SITES]
 
     def join(self, number: int, asked: Asked) -> bool:
@@ -208,7 +211,7 @@ class Sides:
             np.array([live.row if live.run and live.run.slot.bucket == b else 0 for _, live, *_ in chunks], np.int64)
             for b in range(len(BUCKETS))
         ]
-        count = int(ends[-1]) + batch.tokens_beyond
+        count = self.rows = int(ends[-1]) + batch.tokens_beyond
         self.step.fill(
             rows, torch.tensor(starts, dtype=torch.int32), torch.tensor(positions), torch.tensor(ids).int(), count
         )
@@ -218,14 +221,14 @@ class Sides:
         site = SITES[number]
         here = [p for p in self.truth.placed if p.run.tally(site) is not None]
         for bucket in {p.run.slot.bucket for p in here}:
-            buffers = self.step.buffers[bucket]
+            buffers = self.step.reports(number, self.rows)[bucket]
             buffers.before.fill_(float("nan"))  # of tokens without a slot nothing may be read
             buffers.after.fill_(float("nan"))
             buffers.flags.zero_()
             buffers.dose.zero_()
             for p in (p for p in here if p.run.slot.bucket == bucket):
                 self.report(number, p.run, p, chunks)
-            self.step.count(bucket, number, self.selects[number][bucket])
+            self.step.edited(number, [bucket], self.rows)
             before, after, dose, flags = (
                 t.numpy() for t in (buffers.before, buffers.after, buffers.dose, buffers.flags)
             )
@@ -239,7 +242,7 @@ class Sides:
 
     def report(self, site: int, run: Run, placed: Any, chunks: list[tuple[int, Live, int, int]]) -> None:
         request = next(number for number, live, *_ in chunks if live.run is run)
-        buffers = self.step.buffers[run.slot.bucket]
+        buffers = self.step.reports(site, self.rows)[run.slot.bucket]
         select = self.selects[site][run.slot.bucket][run.slot.index].numpy()
         for i, (position, bits) in enumerate(zip(placed.positions.tolist(), placed.bits.tolist(), strict=True)):
             if not bits:

@@ -105,8 +105,26 @@ class NeverClears(DeviceStep):
         self.tokens = 0
 
 
+class CountsEverySite(DeviceStep):
+    """Takes what an earlier pass left at a site for what this one did there."""
+
+    def _count_few(self) -> None:
+        for edited in self._edited:
+            if edited:
+                edited[:] = range(len(SITES))
+        super()._count_few()
+
+
+class CountsTheLast(DeviceStep):
+    """Has one place for the reports of all sites, and counts at the end of the step."""
+
+    def reports(self, site: int, rows: int) -> Any:
+        return super().reports(0, rows)
+
+
 WRONG_RUNS = [CountsTwice, ForgetsNewest, LosesSums, KeepsSums]
 WRONG_STEPS = [KeepsSelectors, OffByOne, OneTokenIsCompletion, BelievesTheHost, CountsPadding, NeverClears]
+WRONG_STEPS += [CountsEverySite, CountsTheLast]
 
 
 @pytest.mark.parametrize("wrong", [*WRONG_RUNS, *WRONG_STEPS], ids=lambda wrong: wrong.__name__)
@@ -132,7 +150,7 @@ PROGRAM = Program((SiteProgram(SITES[0], ROWS),), (Selector(Phase.PROMPT), Selec
 
 def make_step() -> tuple[DeviceStep, int]:
     """A step whose slot 2 holds the program, and the row of a run of it with three prompt tokens."""
-    step = DeviceStep(BUCKETS, sites=1, capacity=8, vocabulary=VOCABULARY, device=CPU)
+    step = DeviceStep(BUCKETS, sites=SITES, capacity=8, vocabulary=VOCABULARY, device=CPU)
     step.load(0, 2, PROGRAM)
     return step, step.runs[0].add(PROGRAM, 2, 3)
 

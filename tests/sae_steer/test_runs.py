@@ -133,7 +133,8 @@ def report(tokens: int = 3) -> tuple[torch.Tensor, EditBuffers]:
 def count(runs: RunTable, row: list[int], bits: list[int]) -> torch.Tensor:
     select, buffers = report()
     slots = torch.ones(3, dtype=torch.int32)
-    return runs.count(2, torch.tensor(row), slots, torch.tensor(bits, dtype=torch.int32), select, buffers)
+    bits_of = torch.tensor(bits, dtype=torch.int32)
+    return runs.count(torch.tensor([2]), torch.tensor(row), slots, bits_of, select[None], buffers.split(1))
 
 
 def sums_of(runs: RunTable, row: int, program: Program = PROGRAM) -> Sums:
@@ -190,7 +191,7 @@ def test_what_ends_a_request(flags: list[int], on_dose: Any, failure: type[Excep
     select, buffers = report()
     buffers.flags[:] = torch.tensor([*flags, FINE])
     slots, bits = torch.ones(3, dtype=torch.int32), torch.full((3,), 3, dtype=torch.int32)
-    runs.count(2, torch.tensor([row, row, other]), slots, bits, select, buffers)
+    runs.count(torch.tensor([2]), torch.tensor([row, row, other]), slots, bits, select[None], buffers.split(1))
     runs.judge(torch.tensor([row, other]))
     found = sums_of(runs, row, program)
     assert (type(found.failure) if found.failure is not None else None) is failure

@@ -34,7 +34,7 @@ def paths_missing(_: None) -> list[str]:
     config: Any = EngineArgs(**OPTIONS).create_engine_config()
     missing = []
     for path in {path for row in REFUSALS for path in row.paths}:
-        owner, _, name = path.rpartition(".")
+        owner, _dot, name = path.rpartition(".")
         place: Any = config
         for step in owner.split(".") if owner else ():
             place = getattr(place, step)

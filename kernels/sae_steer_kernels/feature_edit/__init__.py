@@ -12,6 +12,7 @@ The meaning is that of the design document, section 2. :mod:`.reference` is its 
 """
 
 import functools
+import importlib.util
 import math
 import operator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from sae_steer_kernels._op import Op
+from sae_steer_kernels._op import Op, lazily
 from sae_steer_kernels.feature_edit.layout import Act, Norm, RowFloat, RowInt, Skip, SlotFloat, SlotInt
 from sae_steer_kernels.feature_edit.reference import feature_edit_reference
 from sae_steer_kernels.feature_edit.torch_impl import feature_edit_torch
@@ -157,9 +158,22 @@ class EditBuffers:
             flags=torch.zeros(tokens, dtype=torch.int32, device=device),
         )
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the buffers hold."""
+        return self.before.nbytes + self.after.nbytes + self.dose.nbytes + self.flags.nbytes
+
     def first(self, tokens: int) -> Self:
         """A view of the first ``tokens`` rows."""
-        return type(self)(self.before[:tokens], self.after[:tokens], self.dose[:tokens], self.flags[:tokens])
+        return self.at(slice(tokens))
+
+    def split(self, parts: int) -> Self:
+        """A view as ``[parts, T / parts, ...]``."""
+        return type(self)(*(t.view(parts, -1, *t.shape[1:]) for t in (self.before, self.after, self.dose, self.flags)))
+
+    def at(self, index: int | slice | Tensor) -> Self:
+        """What is at an index of the first dimension; a view where torch gives one."""
+        return type(self)(self.before[index], self.after[index], self.dose[index], self.flags[index])
 
 
 @torch.library.custom_op("sae_steer::feature_edit", mutates_args=("y", "before", "after", "dose", "flags"))
@@ -271,8 +285,12 @@ def feature_edit(
 FEATURE_EDIT = Op(
     name="feature_edit",
     reference=feature_edit_reference,
-    implementations={"torch": feature_edit_torch},
-    by_device={"cpu": "torch", "cuda": "torch"},
+    implementations={
+        "torch": feature_edit_torch,
+        "numba": lazily("sae_steer_kernels.feature_edit.numba_impl", "feature_edit_numba"),
+    },
+    # Numba comes with vLLM; without it a CPU's small steps cost a few times as much.
+    by_device={"cpu": "numba" if importlib.util.find_spec("numba") else "torch", "cuda": "torch"},
     # Relative error of one edited row against float64, per dtype of ``y``. The encode, the edit and the sum run in
     # float32 (24 bits: 1e-7 an operation, some hundred of them); storing to a narrow ``y`` and keeping decoder rows in
     # its dtype rounds once each, to 2^-8 in bfloat16 and 2^-11 in float16.
