@@ -11,7 +11,7 @@ from sae_steer.capabilities import Capabilities
 from sae_steer.catalog import Catalog
 from sae_steer.errors import DuplicateEdit, LimitExceeded, RequestError, Unsupported
 from sae_steer.limits import Limits
-from sae_steer.lowering import check_feature, check_topk, rows_of
+from sae_steer.lowering import check_feature, check_topk, hold_whole, rows_of
 from sae_steer.program import Gate, Phase, Program, Row, Selector, SiteProgram
 from sae_steer.sae import InputNorm
 from sae_steer.schema import (
@@ -277,7 +277,7 @@ def _drops(steering: Steering, catalog: Catalog, builders: dict[Site, _SiteBuild
         if not entry.whole:
             raise Unsupported(
                 f"steering.error: 'drop' needs the whole dictionary of {entry.name!r}, and only single rows of it are "
-                f"loaded. Start the server with --whole {entry.name}.",
+                f"loaded. {hold_whole(entry)}",
                 param="steering.error",
             )
         if site.read != site.write and entry.sae.spec.input_norm is not InputNorm.NONE:

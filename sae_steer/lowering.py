@@ -8,6 +8,7 @@ from sae_steer.errors import DuplicateEdit, RequestError, SiteError, UnknownFeat
 from sae_steer.program import Row
 from sae_steer.sae import Activation
 from sae_steer.schema import (
+    LARGEST,
     AppEdit,
     FeatureAblateEdit,
     FeatureMaskEdit,
@@ -63,7 +64,7 @@ def _feature_rows(
         case FeatureValueEdit():
             values = _values(edit.value, len(base), path)
             if edit.units == "reference_max":
-                values = [v * _reference_max(entry, row.feature, path) for v, row in zip(values, base, strict=True)]
+                values = [_of_maximum(entry, row.feature, v, path) for v, row in zip(values, base, strict=True)]
             norm = edit.units == "residual_norm"
             return [_value_row(row, edit.op, v, norm) for row, v in zip(base, values, strict=True)]
 
@@ -120,8 +121,8 @@ def _values(value: float | list[float], count: int, path: str) -> list[float]:
     return value
 
 
-def _reference_max(entry: CatalogSae, feature: int, path: str) -> float:
-    """The recorded maximum of a feature, in the file's own units."""
+def _of_maximum(entry: CatalogSae, feature: int, value: float, path: str) -> float:
+    """A multiple of the recorded maximum of a feature, in the file's own units."""
     label = entry.labels.get(feature) if entry.labels is not None else None
     if label is None or label.reference_max is None:
         raise Unsupported(
@@ -129,7 +130,15 @@ def _reference_max(entry: CatalogSae, feature: int, path: str) -> float:
             param=f"{path}.units",
             code="no_reference_max",
         )
-    return label.reference_max
+    found = value * label.reference_max
+    if abs(found) > LARGEST:
+        raise RequestError(
+            f"{path}.value: {value:g} times the reference maximum of feature {feature} of {entry.name!r}, "
+            f"{label.reference_max:g}, is beyond {LARGEST:g}. Ask for less, or use units 'raw'.",
+            param=f"{path}.value",
+            code="out_of_range",
+        )
+    return found
 
 
 def check_feature(entry: CatalogSae, feature: int, path: str) -> None:
@@ -141,11 +150,16 @@ def check_feature(entry: CatalogSae, feature: int, path: str) -> None:
         )
 
 
+def hold_whole(entry: CatalogSae) -> str:
+    """What to do where the whole dictionary of an SAE is needed."""
+    return f'Start the server with --whole {entry.name} (in a vLLM configuration: "whole": true).'
+
+
 def check_topk(entry: CatalogSae, path: str) -> None:
     """A TopK feature's activation depends on all others, so its whole dictionary must be at hand."""
     if entry.sae.spec.activation is Activation.TOPK and not entry.whole:
         raise Unsupported(
             f"{path}: {entry.name!r} is a TopK SAE, whose activations depend on its whole dictionary, and only "
-            f"single rows of it are loaded. Start the server with --whole {entry.name}.",
+            f"single rows of it are loaded. {hold_whole(entry)}",
             param=path,
         )

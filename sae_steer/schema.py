@@ -20,8 +20,10 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN, description="A name in the server's catalog.")]
 FeatureId = Annotated[int, Field(ge=0, lt=2**31, description="Number of a feature in its SAE, from 0.")]
 PositionIndex = Annotated[int, Field(ge=0, lt=2**31)]
-# Bounded so that no product of two of them overflows float32 before the dose limit sees it.
-Value = Annotated[float, Field(ge=-1e12, le=1e12)]
+LARGEST = 1e12
+"""Largest value of an edit: no product of two such numbers overflows float32 before the dose limit sees it."""
+
+Value = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
 Values = Annotated[
     Annotated[Value, Tag("~number")]
     | Annotated[list[Value], Field(min_length=1, max_length=MAX_FEATURES), Tag("~list")],

@@ -36,7 +36,7 @@ async def read_json(request: Request, limit: int) -> Any:
 
 
 def _too_large(limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"The body is larger than this server's limit of {limit} bytes (--max-body-bytes).")
+    return BodyTooLarge(f"The body is larger than this server's limit of {limit} bytes (max_body_bytes).")
 
 
 def parse_body(model: type[_Body], value: object) -> _Body:

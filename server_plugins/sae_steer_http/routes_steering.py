@@ -102,7 +102,7 @@ async def admin(request: Request) -> SteeringService:
     service = service_of(request)
     key = service.admin_key
     if key is None:
-        raise Forbidden("Nothing can change this server: it was started without --admin-key.")
+        raise Forbidden("Nothing can change this server: it was started without an admin key.")
     if not same_key(request.headers.get(ADMIN_HEADER, ""), key):
         raise Unauthorized(f"The admin key is missing or wrong. Send it in the header {ADMIN_HEADER}.")
     return service

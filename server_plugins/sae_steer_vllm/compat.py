@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import vllm
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.exceptions import VLLMValidationError
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
@@ -361,14 +362,22 @@ def _worker(runner: Any, config: PluginConfig) -> Worker:
         max_tokens=runner.max_num_tokens,
         ranks=parallel.tensor_parallel_size,
     )
-    worker = Worker(runner.get_model(), catalog, config.limits.limits(), catalog.sites(config.extra_sites()), shape)
+    sites, agree = catalog.sites(config.extra_sites()), _all_agree if shape.ranks > 1 else bool
+    worker = Worker(runner.get_model(), catalog, config.limits.limits(), sites, shape, agree)
     context = runner.vllm_config.compilation_config.static_forward_context
     context.update(worker.editors)
     # vLLM finds a compiled graph again by its configuration, which does not tell the sites that SAEs' files state.
     runner.vllm_config.additional_config[SITES] = [str(site) for site in worker.sites]
-    sites = ", ".join(str(site) for site in worker.hooked) or "none in this stage"
-    logger.info("Steering: %s; %.1f MiB of tables and maps.", sites, worker.nbytes / 2**20)
+    hooked = ", ".join(str(site) for site in worker.hooked) or "none in this stage"
+    logger.info("Steering: %s; %.1f MiB of tables and maps.", hooked, worker.nbytes / 2**20)
     return worker
+
+
+def _all_agree(yes: bool) -> bool:
+    """Whether every rank of tensor parallelism says so."""
+    said = torch.tensor(int(yes))
+    torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MIN, get_tp_group().cpu_group)
+    return bool(said)
 
 
 def _describe(self: Any) -> dict[str, Any] | None:

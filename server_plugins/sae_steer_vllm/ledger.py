@@ -119,6 +119,10 @@ LEDGER: tuple[Symbol, ...] = (
     ),
     Symbol("vllm.config:CompilationConfig.static_forward_context", "where the op finds its site, as attention does"),
     Symbol("vllm.forward_context:get_forward_context", "the same, while the model runs"),
+    Symbol(
+        "vllm.distributed.parallel_state:get_tp_group",
+        "asks, where a slot is filled, whether every rank of tensor parallelism could",
+    ),
     Symbol("vllm.exceptions:VLLMValidationError", "what the front end answers with 400", "a ValueError in 0.26 only"),
     Symbol("vllm.v1.outputs:EMPTY_MODEL_RUNNER_OUTPUT", "shared by all idle steps, so never written to"),
     Symbol("vllm.v1.engine:EngineCoreOutput", "ends a request that failed, with its sums and its error"),

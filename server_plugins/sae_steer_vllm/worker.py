@@ -1,6 +1,7 @@
 """The plugin beside the model: tables, hooks, and the step's map; one of these in every worker."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from sae_steer.catalog import Catalog
 from sae_steer.device_step import DeviceStep
 from sae_steer.edit_layer import EditLayer
-from sae_steer.errors import SiteError, SteerError
+from sae_steer.errors import RunFailed, SiteError, SteerError
 from sae_steer.limits import Limits
 from sae_steer.program import Program
 from sae_steer.runs import FAILED, TOUCHED, columns
@@ -24,6 +25,8 @@ from sae_steer_vllm.channel import PROGRAM, SLOT, Snapshot
 from sae_steer_vllm.hooks import install
 
 _NONE: frozenset[int] = frozenset()
+
+logger = logging.getLogger("vllm.sae_steer")  # vLLM's own handlers print what is below "vllm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +142,21 @@ class Worker:
         limits: What the slots hold.
         sites: All sites, in the model's order.
         shape: What the model is.
+        agree: Whether every process that shares these layers says so; each of them asks once where a slot is filled.
 
     Raises:
         StartError: Something does not fit the model.
     """
 
-    def __init__(self, model: nn.Module, catalog: Catalog, limits: Limits, sites: Sequence[Site], shape: Shape) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        catalog: Catalog,
+        limits: Limits,
+        sites: Sequence[Site],
+        shape: Shape,
+        agree: Callable[[bool], bool] = bool,
+    ) -> None:
         sharded = [site for site in sites if Kind.Z in (site.read.kind, site.write.kind)]
         if sharded and shape.ranks > 1:
             raise SiteError(
@@ -180,6 +192,7 @@ class Worker:
             self.hooked.append(site)
         self._runs: dict[str, _Run] = {}
         self._loaded: dict[Slot, str] = {}
+        self._agree = agree
         self._errors: dict[str, tuple[str, str]] = {}
         self._batch: _Batch | None = None
 
@@ -214,12 +227,12 @@ class Worker:
         program = parse(extra_args[PROGRAM])
         slot = Slot(*extra_args[SLOT])
         index = slot.index
-        try:
-            self._load(program, slot)
-        except SteerError as error:
-            # Nothing may be raised here: it would end the engine for everybody. The request ends with this error.
-            self._errors[request] = (error.code, error.message)
-            index = 0
+        if self._loaded.get(slot) != program.digest:
+            error = self._load(program, slot)
+            if error is not None:
+                # Nothing may be raised here: it would end the engine for everybody. The request ends with this error.
+                self._errors[request] = (error.code, error.message)
+                index = 0
         runs = self.step.runs[slot.bucket]
         row = runs.add(program, index, prompt_length)
         if index == 0:
@@ -227,11 +240,23 @@ class Worker:
         used = torch.from_numpy(columns(program, self.sites, runs.rows)).to(runs.device)
         self._runs[request] = _Run(program, slot, row, used)
 
-    def _load(self, program: Program, slot: Slot) -> None:
-        """Fills a slot that the scheduler gave to a program, unless it has it already."""
-        if self._loaded.get(slot) == program.digest:
-            return
+    def _load(self, program: Program, slot: Slot) -> SteerError | None:
+        """Fills a slot that the scheduler gave to a program; what went wrong, here or in a process like this one."""
         self._loaded.pop(slot, None)
+        failure: SteerError | None = None
+        try:
+            self._write(program, slot)
+        except SteerError as error:
+            failure = error
+            logger.error("A request's program was not loaded: %s", error.message)
+        # Copies of one residual stream must be edited alike: where one process cannot, none does.
+        if self._agree(failure is None):
+            self._loaded[slot] = program.digest
+        elif failure is None:
+            failure = RunFailed("Another process of the host could not load what steers this request; its log has why.")
+        return failure
+
+    def _write(self, program: Program, slot: Slot) -> None:
         parts = {part.site: part for part in program.sites}
         for editor in self.editors.values():
             tables = editor.layer.tables
@@ -240,7 +265,6 @@ class Worker:
             else:
                 tables.clear(slot.bucket, slot.index)
         self.step.load(slot.bucket, slot.index, program)
-        self._loaded[slot] = program.digest
 
     def begin(self, requests: Sequence[str], starts: Tensor, positions: Tensor, tokens: Tensor, count: int) -> None:
         """Lays out the next forward pass.

@@ -106,6 +106,7 @@ REFUSALS: dict[str, tuple[Json, str, str]] = {
     "too many values": (steering(edit(op="scale", value=[1.0, 2.0])), "wrong_length", f"{HERE}.value"),
     "no maximum": (steering(edit(features=[5], units="reference_max")), "no_reference_max", f"{HERE}.units"),
     "no label": (steering(edit(features=[6], units="reference_max")), "no_reference_max", f"{HERE}.units"),
+    "too much": (steering(edit(value=1e12, units="reference_max")), "out_of_range", f"{HERE}.value"),
     "no labels": (steering(edit(sae="r0", units="reference_max")), "no_reference_max", f"{HERE}.units"),
     # gates
     "gate's sae": (steering(edit(when={"sae": "x", "feature": 1, "above": 0})), "unknown_sae", f"{HERE}.when.sae"),

@@ -16,6 +16,8 @@ import torch
 
 import sae_steer
 from sae_steer import embedded
+from sae_steer.errors import CheckpointError
+from sae_steer.tables import SiteTables
 from tests.conformance.vllm_engine import register_interpreter
 from tests.sae_files import write_saelens
 from tests.steered_models import SteeredModel, embedded_model
@@ -105,6 +107,36 @@ def test_sites_in_both_halves_give_one_block(
     _right(teacher, asked, answers)
     assert answers[0][0].applied["sites"] == ["resid_post.0", "resid_post.3"]
     assert answers[0][0].tokens != answers[3][0].tokens
+
+
+def _fail_to_load(worker: Any) -> None:
+    """One rank cannot read what a request names; the other can."""
+    if worker.rank == 1:
+
+        def write(*_: object) -> None:
+            raise CheckpointError("the disk of this rank is gone")
+
+        SiteTables.write = write  # type: ignore[method-assign]
+
+
+def half_failed(llm: Any, asked: list[Ask]) -> list[list[Answer]]:
+    """Answers requests once one of two ranks cannot load anything."""
+    llm.collective_rpc(_fail_to_load)
+    return generate(llm, asked)
+
+
+@pytest.mark.slow
+def test_what_one_rank_cannot_load_is_steered_by_none(tmp_path: Path, model: SteeredModel, early: Path) -> None:
+    steered = Ask(model.prompt, {"interventions": [_edit(embedded.SAE_NAME, TRAINS, 40.0)]})
+    plain = Ask(model.prompt, None)
+    options = {"tensor_parallel_size": 2}
+    with hosted(tmp_path, inside.start_llm, _config(early), options, environment=TWO_WORKERS) as host:
+        [[before]] = host.run(generate, [plain])
+        [[failed], [after]] = host.run(half_failed, [steered, plain])
+    assert failed.block is not None
+    assert failed.block["error"]["code"] == "request_failed"
+    assert "Another process" in failed.block["error"]["message"]
+    assert after.tokens == before.tokens
 
 
 def start_v2(config: Json, options: Json) -> Any:

@@ -138,6 +138,32 @@ def test_a_program_is_not_taken_for_loaded_where_another_began_to_overwrite_it(t
     assert torch.equal(engine.step([Chunk("c", 0, IDS)])["c"], expected)
 
 
+def test_what_another_process_cannot_load_is_steered_by_none(tmp_path: Path) -> None:
+    """Copies of one residual stream must not part."""
+    catalog = make_catalog(tmp_path)
+    asked, others = [], [False]
+
+    def agree(yes: bool) -> bool:
+        asked.append(yes)
+        return yes and others[0]
+
+    engine = Engine([catalog], catalog.sites(), agree=agree)
+    program = compiled(catalog, edit(value=9.0))
+    engine.meet("a", program, Slot(0, 1), 4)
+    stepped = engine.step([Chunk("a", 0, IDS), Chunk("plain", 0, IDS)])
+    assert torch.equal(stepped["a"], stepped["plain"])
+    assert engine.snapshot is not None
+    assert engine.snapshot.errors["a"][0] == "request_failed"
+    assert "Another process" in engine.snapshot.errors["a"][1]
+    engine.forget("a")
+    others[0] = True
+    for name in ("b", "c"):  # the second finds the slot as the first has filled it, here as everywhere
+        engine.meet(name, program, Slot(0, 1), 4)
+    stepped = engine.step([Chunk("b", 0, IDS), Chunk("plain", 0, IDS)])
+    assert not torch.equal(stepped["b"], stepped["plain"])
+    assert asked == [True, True]
+
+
 def test_a_dose_that_is_passed_ends_that_request_alone(tmp_path: Path) -> None:
     catalog = make_catalog(tmp_path)
     for splits in (WHOLE, SPLIT):

@@ -4,7 +4,7 @@ Every token is computed by itself, so that a request's rows are the same in ever
 applied to them one by one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,12 +154,14 @@ class Engine:
         sites: All sites.
         splits: Which layers each stage has.
         dtype: Of the model.
+        agree: What the workers are told of processes like them.
     """
 
     catalogs: Sequence[Catalog]
     sites: Sequence[Site]
     splits: Sequence[Sequence[int]] = (range(LAYERS),)
     dtype: torch.dtype = torch.float32
+    agree: Callable[[bool], bool] = bool
     stages: list[Stage] = field(init=False)
     snapshot: Snapshot | None = None
 
@@ -167,7 +169,7 @@ class Engine:
         self.stages = []
         for catalog, layers in zip(self.catalogs, self.splits, strict=True):
             model = LlamaForCausalLM(layers, self.dtype)
-            self.stages.append(Stage(model, Worker(model, catalog, LIMITS, self.sites, shape(self.dtype))))
+            self.stages.append(Stage(model, Worker(model, catalog, LIMITS, self.sites, shape(self.dtype), self.agree)))
 
     def meet(self, request: str, program: Program | None, slot: Slot, prompt: int) -> None:
         """A new request enters."""
