@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,22 @@ import httpx
 import openai
 import psutil
 import pytest
+from openai import OpenAI
 
 from sae_steer import embedded
 from tests.sae_files import write_saelens
-from tests.vllm.conftest import NAME, SAE, Ask, Servers, Setup, complete, environment_of, plugin_config
+from tests.vllm.conftest import (
+    NAME,
+    SAE,
+    Ask,
+    Choice,
+    Servers,
+    Setup,
+    VllmServer,
+    complete,
+    environment_of,
+    plugin_config,
+)
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -152,17 +164,33 @@ def processes_called(servers: Servers, name: str) -> list[psutil.Process]:
     return [child for child in children if any(name in part for part in child.cmdline()[:1])]
 
 
+def both_running(
+    server: VllmServer, client: OpenAI, pool: ThreadPoolExecutor
+) -> tuple[Future[Choice], openai.Stream[Any], list[Any]] | None:
+    """A request, a stream and its first chunk, in an engine that is held between two steps; None = it was faster."""
+    asked: Json = {"model": NAME, "prompt": [5] * 20, "max_tokens": 480, "temperature": 0}
+    extra = {"steering": STEERING, "ignore_eos": True}
+    with server.paused():
+        whole = pool.submit(complete, client, Ask([5] * 20, STEERING), 480)
+        opened = pool.submit(client.completions.create, **asked, stream=True, extra_body=extra)
+        time.sleep(0.5)  # for the front end to hand both over
+    stream = opened.result(60)
+    came = [next(iter(stream))]
+    with server.http() as http:
+        http.post("/pause", params={"mode": "keep"}).raise_for_status()
+        time.sleep(0.5)  # what has come to its end is answered
+        if not whole.done():
+            return whole, stream, came
+        stream.close()
+        http.post("/resume").raise_for_status()
+    return None
+
+
 @pytest.mark.parametrize("name", ["VLLM::EngineCore", pytest.param("VLLM::Worker", marks=pytest.mark.slow)])
 def test_an_engine_that_dies_answers_nothing(vllm_servers: Servers, name: str) -> None:
     server = vllm_servers.usual()
-    asked: Json = {"model": NAME, "prompt": [5] * 20, "max_tokens": 480, "temperature": 0}
-    extra = {"steering": STEERING, "ignore_eos": True}
     with server.openai() as client, ThreadPoolExecutor(2) as pool:
-        whole = pool.submit(complete, client, Ask([5] * 20, STEERING), 480)
-        stream = client.completions.create(**asked, stream=True, extra_body=extra)
-        came = [next(iter(stream))]
-        while server.metric("vllm:num_requests_running") < 2:
-            time.sleep(0.05)
+        whole, stream, came = next(filter(None, (both_running(server, client, pool) for _ in range(8))))
         (victim,) = processes_called(vllm_servers, name)
         os.kill(victim.pid, signal.SIGKILL)
         with pytest.raises((openai.APIError, httpx.HTTPError)):
