@@ -21,6 +21,7 @@ from sae_steer.sites import Site
 from sae_steer.slots import Bucket, Slot, SlotPool, buckets_of
 from sae_steer.step import Span, StepMap
 from sae_steer.tables import SiteTables
+from sae_steer_kernels import warm_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class Runtime:
         self._step = StepMap(len(buckets), model.device)
         self._layers = {site: EditLayer(self._tables(model, site, buckets), self._step) for site in self.sites}
         self._handles: list[RemovableHandle] = []
+        warm_up(model.device, model.dtype)
 
     @classmethod
     def attach(cls, model: PreTrainedModel, catalog: Catalog, *, limits: Limits, sites: Sequence[Site] = ()) -> Self:

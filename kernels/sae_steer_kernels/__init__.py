@@ -17,3 +17,4 @@ from sae_steer_kernels.feature_edit.layout import SlotFloat as SlotFloat
 from sae_steer_kernels.feature_edit.layout import SlotInt as SlotInt
 from sae_steer_kernels.reconstruct import reconstruct as reconstruct
 from sae_steer_kernels.topk_rank import topk_rank as topk_rank
+from sae_steer_kernels.warm_up import warm_up as warm_up

@@ -21,6 +21,7 @@ from sae_steer.sites import Kind, Place, Site
 from sae_steer.slots import Slot, buckets_of
 from sae_steer.tables import SiteTables
 from sae_steer.wire import parse
+from sae_steer_kernels import warm_up
 from sae_steer_vllm.channel import PROGRAM, SLOT, Snapshot
 from sae_steer_vllm.hooks import install
 
@@ -190,6 +191,7 @@ class Worker:
             )
             self.editors[name] = Editor(number, EditLayer(tables, self.step, reports=False), self.step)
             self.hooked.append(site)
+        warm_up(shape.device, shape.dtype)
         self._runs: dict[str, _Run] = {}
         self._loaded: dict[Slot, str] = {}
         self._agree = agree

@@ -47,8 +47,18 @@ _IDENTITY, _TANH, _JUMP, _GATED, _TOPK_ACT = (
 _NO_NORM, _LAYER_NORM, _RESCALE = int(Norm.NONE), int(Norm.LAYER_NORM), int(Norm.NORM_RESCALE)
 _TOUCHED, _OVER, _BROKEN = int(Flag.TOUCHED), int(Flag.OVER_DOSE), int(Flag.NON_FINITE)
 
+
+def _remembers() -> bool:
+    """Whether there is a folder for what was compiled; without one, each process compiles anew."""
+    try:
+        numba.njit(cache=True)(_remembers)
+    except RuntimeError:
+        return False
+    return True
+
+
 # Sums may be taken in any order, which is what lets them use vectors; NaN and infinity keep their meaning.
-_compile = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract"}}
+_compile = {"cache": _remembers(), "nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract"}}
 
 
 @numba.njit([float32(float32[::1], float32[::1])], **_compile)
