@@ -28,7 +28,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from sae_steer.capabilities import VLLM
 from sae_steer.errors import RequestError, StartError
 from sae_steer.program import Footprint, Program
-from sae_steer.slots import buckets_of
+from sae_steer.slots import Slot, buckets_of
 from sae_steer.wire import check, parse
 from sae_steer_vllm import op
 from sae_steer_vllm.channel import ASK, CARRIED, ON_OUTPUT, PROGRAM, SLOT, TICKET, is_ticket, payload_of, take
@@ -219,10 +219,14 @@ def _free_request(original: Any, self: Any, request: Any, *args: Any, **kwargs: 
     result = original(self, request, *args, **kwargs)
     gate = getattr(self, MINE)
     if gate is not None:
-        for admitted, slot in gate.leave(request.request_id):
-            _give(admitted, slot)
-            self.add_request.__wrapped__(self, admitted)
+        _let_in(self, gate.leave(request.request_id))
     return result
+
+
+def _let_in(scheduler: Any, admitted: list[tuple[Any, Slot]]) -> None:
+    for request, slot in admitted:
+        _give(request, slot)
+        scheduler.add_request.__wrapped__(scheduler, request)
 
 
 def _finish_requests(original: Any, self: Any, request_ids: Any, finished_status: Any) -> Any:
@@ -230,9 +234,10 @@ def _finish_requests(original: Any, self: Any, request_ids: Any, finished_status
     if gate is None:
         return original(self, request_ids, finished_status)
     names = None if request_ids is None else {request_ids} if isinstance(request_ids, str) else set(request_ids)
-    gone = gate.drop(names)
+    gone, admitted = gate.drop(names)
     for request in gone:
         request.status = finished_status
+    _let_in(self, admitted)
     return original(self, names, finished_status) + gone
 
 
