@@ -129,10 +129,10 @@ def _freed_early(original: Any) -> Any:
 
 
 def _no_waiting(original: Any) -> Any:
-    def enter(self: Gate[Any], *args: Any, **kwargs: Any) -> Slot:
-        slot = original(self, *args, **kwargs)
+    def enter(self: Gate[Any], name: str, *args: Any, **kwargs: Any) -> Slot:
+        slot = original(self, name, *args, **kwargs)
         if slot is None:
-            self._parked.pop()
+            self.drop([name])
         return slot or Slot(0, 1)
 
     return enter
