@@ -10,7 +10,7 @@ from torch import Tensor
 from sae_steer.program import Program
 from sae_steer.runs import RunTable
 from sae_steer.slots import Bucket
-from sae_steer_kernels import EditBuffers
+from sae_steer_kernels import EditBuffers, TokenGroups, scratch_floats
 
 
 class DeviceStep:
@@ -22,17 +22,33 @@ class DeviceStep:
         capacity: Most tokens of a step, padding and all.
         vocabulary: Token ids are below this number.
         device: Where all of it lives.
+        widths: ``D`` and ``D_out`` of each site where kernels edit: they get scratch, and tokens grouped by slot.
     """
 
     def __init__(
-        self, buckets: Sequence[Bucket], *, sites: int, capacity: int, vocabulary: int, device: torch.device
+        self,
+        buckets: Sequence[Bucket],
+        *,
+        sites: int,
+        capacity: int,
+        vocabulary: int,
+        device: torch.device,
+        widths: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.capacity = capacity
         self.device = device
         self.slots = tuple(torch.zeros(capacity, dtype=torch.int32, device=device) for _ in buckets)
         self.bits = torch.zeros(capacity, dtype=torch.int32, device=device)
         self.runs = tuple(RunTable(sites, bucket.rows, device) for bucket in buckets)
-        self.buffers = tuple(EditBuffers.empty(tokens=capacity, rows=bucket.rows, device=device) for bucket in buckets)
+        # Sites edit one after another, so they share what an edit needs, and where it reports.
+        scratch = [max((scratch_floats(capacity, b.rows, *pair) for pair in widths), default=0) for b in buckets]
+        self.buffers = tuple(
+            EditBuffers.empty(tokens=capacity, rows=bucket.rows, device=device, scratch=floats)
+            for bucket, floats in zip(buckets, scratch, strict=True)
+        )
+        self.groups = tuple(
+            TokenGroups.empty(tokens=capacity, slots=bucket.slots + 1, device=device) for bucket in buckets if widths
+        )
         self.tokens = 0
         # What a selector asks of token ids; -1 allows every selector.
         self._by_token = tuple(
@@ -47,7 +63,8 @@ class DeviceStep:
     @property
     def nbytes(self) -> int:
         """Bytes of what has a fixed size."""
-        buffers = [t for b in self.buffers for t in (b.before, b.after, b.dose, b.flags)]
+        buffers = [t for b in self.buffers for t in (b.before, b.after, b.dose, b.flags, b.scratch) if t is not None]
+        buffers += [t for groups in self.groups for t in (groups.order, groups.tiles)]
         mine = [*self.slots, self.bits, *self._by_token, *self._rows, self._positions, self._touched, self._arange]
         return sum(t.nbytes for t in [*buffers, *mine])
 
@@ -89,6 +106,8 @@ class DeviceStep:
             # A token that is computed again, after a preemption, counts once.
             self._rows[number][:count] = torch.where((held != 0) & (positions > run.seen[row]), row, 0)
             bits |= torch.where(row != 0, held, 0)
+            if self.groups:
+                self.groups[number].fill(self.slots[number][:count], self._by_token[number].shape[0])
         self.bits[:count] = bits
 
     def count(self, bucket: int, site: int, select: Tensor) -> None:
@@ -121,5 +140,7 @@ class DeviceStep:
             for slots, rows in zip(self.slots, self._rows, strict=True):
                 slots.zero_()
                 rows.zero_()
+            for groups in self.groups:
+                groups.tiles.zero_()
             self._touched.zero_()
         self.tokens = 0
