@@ -8,13 +8,16 @@ PIP_ARGS ?=
 VLLM := 0.32.0
 OLDER := 0.28.0 0.30.0
 
+# What compute-sanitizer watches, slowly: every property of every kernel once.
+SANITIZED := -q tests/gpu -k "test_properties and not torch" --timeout 0
+
 BIN := .venv/bin
 STAMP := .venv/.installed-vllm-$(VLLM)
 # Named in full, so that pip rather fails than takes gigabytes of a CUDA build.
 TORCH := $(shell grep '^torch==' constraints-cpu.txt)+cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all vllm-matrix lint format bench embedded clean $(OLDER:%=vllm-%)
+.PHONY: help venv demo test test-all vllm-matrix lint format bench gpu embedded clean $(OLDER:%=vllm-%)
 
 # nothing is downloaded while tests or the demo run
 demo test test-all vllm-matrix: export HF_HUB_OFFLINE = 1
@@ -81,6 +84,17 @@ format: venv
 bench: venv
 	$(BIN)/python benchmarks/attach_idle.py
 	$(BIN)/python benchmarks/vllm_decode.py
+
+# test and measure the Triton kernels on this machine's GPU, with the Python that PYTHON names
+gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/server_plugins
+gpu: export HF_HUB_OFFLINE = 1
+gpu:
+	$(PYTHON) -m pytest tests/gpu
+	$(PYTHON) benchmarks/kernels.py
+	$(PYTHON) benchmarks/render.py
+	@command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer: memory and races stay unchecked" >&2; exit 1; }
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest $(SANITIZED)
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m pytest $(SANITIZED)
 
 # say how to rebuild the embedded model
 embedded:

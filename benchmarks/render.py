@@ -66,16 +66,56 @@ def vllm_decode(result: dict[str, Any]) -> str:
     )
 
 
-SECTIONS: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
+def kernels(result: dict[str, Any] | None) -> str:
+    if result is None:
+        return "The Triton kernels were not measured: no GPU was at hand. `make gpu` measures them where there is one."
+    versions, hardware = result["versions"], result["hardware"]
+    lines = [
+        f"The edit inside a CUDA graph ({hardware['gpu']}, torch {versions['torch']}, triton {versions['triton']}; "
+        f"`{result['command']}`). The floor is bytes over the {result['copy_bandwidth_tb_s']:.2f} TB/s that a copy "
+        f"reached; a graph node that stores one number took {result['graph_node_us']:.1f} µs:",
+        "",
+        "| tokens | width | features | regime | edit | idle | floor | the same hook in torch |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for case in result.get("edit", ()):
+        if case["tokens"] not in (1, 32, 2048) or case["rows"] == 1:
+            continue
+        regime = case["regime"]
+        floor = case["floor_us"]["rows for each slot" if regime == "grouped" else "rows for each token"]
+        hook = f"{case['torch_hook_us']:.1f} µs" if case["torch_hook_us"] is not None else ""
+        lines.append(
+            f"| {case['tokens']} | {case['width']} | {case['rows']} | {regime} | {case['us'][regime]:.1f} µs "
+            f"| {case['idle_us']:.1f} µs | {floor:.1f} µs | {hook} |"
+        )
+    lines += ["", "| model's shape | step | hooked layers | program | step | a hooked layer adds |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    for case in result.get("stack", ()):
+        lines.append(
+            f"| {case['stack']} | {case['phase']}, {case['tokens']} tokens | {case['hooked']} | {case['program']} "
+            f"| {case['us'] / 1e3:.2f} ms | {case['us_a_layer']:.1f} µs ({100 * case['share_a_layer']:.2f} %) |"
+        )
+    for case in result.get("rank", ()):
+        lines += [
+            "",
+            f"Ranks of 8 of {case['features']} features, {case['tokens']} tokens of width {case['width']}: "
+            f"{case['us']:.0f} µs; reading the encoder once takes {case['reading the encoder once us']:.0f} µs.",
+        ]
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, tuple[Path, Callable[[Any], str]]] = {
     "attach_idle": (RESULTS / "attach_idle.json", attach_idle),
     "vllm_decode": (RESULTS / "vllm_decode.json", vllm_decode),
+    # Needs a GPU: where there is no result, the section says so.
+    "kernels": (RESULTS / "kernels.json", kernels),
 }
 
 
 def rendered(text: str) -> str:
     """The README with every section filled from its result."""
     for name, (path, render) in SECTIONS.items():
-        body = render(json.loads(path.read_text()))
+        body = render(json.loads(path.read_text()) if path.exists() or render is not kernels else None)
         pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if not pattern.search(text):
             sys.exit(f"README.md has no section {name!r}.")

@@ -1,6 +1,7 @@
 """The token -> slot map of one step, built on the device from what the host has there: no synchronisation."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from sae_steer.program import Program
 from sae_steer.runs import RunTable
 from sae_steer.sites import Site
 from sae_steer.slots import Bucket
-from sae_steer_kernels import EditBuffers
+from sae_steer_kernels import EditBuffers, TokenGroups, scratch_floats
 
 
 class DeviceStep:
@@ -23,6 +24,7 @@ class DeviceStep:
         capacity: Most tokens of a step, padding and all.
         vocabulary: Token ids are below this number.
         device: Where all of it lives.
+        widths: ``D`` and ``D_out`` of each site where kernels edit: they get scratch, and tokens grouped by slot.
         few: In passes of at most so many rows every site reports to a place of its own, and all are counted at once.
     """
 
@@ -34,6 +36,7 @@ class DeviceStep:
         capacity: int,
         vocabulary: int,
         device: torch.device,
+        widths: Sequence[tuple[int, int]] = (),
         few: int = 64,
     ) -> None:
         self.capacity = capacity
@@ -41,6 +44,9 @@ class DeviceStep:
         self.slots = tuple(torch.zeros(capacity, dtype=torch.int32, device=device) for _ in buckets)
         self.bits = torch.zeros(capacity, dtype=torch.int32, device=device)
         self.runs = tuple(RunTable(len(sites), bucket.rows, device) for bucket in buckets)
+        self.groups = tuple(
+            TokenGroups.empty(tokens=capacity, slots=bucket.slots + 1, device=device) for bucket in buckets if widths
+        )
         self.tokens = 0
         self.few = min(few, capacity)
         self._sites = tuple(sites)
@@ -48,8 +54,16 @@ class DeviceStep:
             EditBuffers.empty(tokens=len(sites) * self.few, rows=bucket.rows, device=device).split(len(sites))
             for bucket in buckets
         )
-        self._few_of = [tuple(few.at(number) for few in self._few) for number in range(len(sites))]
-        self._many = tuple(EditBuffers.empty(tokens=capacity, rows=bucket.rows, device=device) for bucket in buckets)
+        # Sites edit one after another, so they share what an edit needs for itself.
+        scratch = [max((scratch_floats(capacity, b.rows, *pair) for pair in widths), default=0) for b in buckets]
+        self._many = tuple(
+            EditBuffers.empty(tokens=capacity, rows=bucket.rows, device=device, scratch=floats)
+            for bucket, floats in zip(buckets, scratch, strict=True)
+        )
+        self._few_of = [
+            tuple(replace(few.at(site), scratch=many.scratch) for few, many in zip(self._few, self._many, strict=True))
+            for site in range(len(sites))
+        ]
         self._edited: tuple[list[int], ...] = tuple([] for _ in buckets)
         # On which selectors each row of a slot holds, at each site.
         self._selects = tuple(
@@ -73,6 +87,7 @@ class DeviceStep:
         """Bytes of what has a fixed size."""
         shared = [self.bits, self._positions, self._arange]
         mine = [*shared, *self.slots, *self._by_token, *self._rows, *self._selects]
+        mine += [t for groups in self.groups for t in (groups.order, groups.tiles)]
         return sum(t.nbytes for t in mine) + sum(b.nbytes for b in (*self._few, *self._many))
 
     def load(self, bucket: int, slot: int, program: Program) -> None:
@@ -118,6 +133,8 @@ class DeviceStep:
             # A token that is computed again, after a preemption, counts once.
             self._rows[number][:count] = row * (holds & (positions > run.seen[row]))
             bits = held if bits is None else bits | held
+            if self.groups:
+                self.groups[number].fill(self.slots[number][:count], self._by_token[number].shape[0])
         assert bits is not None  # there is a bucket in use
         self.bits[:count] = bits
 
@@ -181,6 +198,8 @@ class DeviceStep:
             for number in self._used:
                 self.slots[number].zero_()
                 self._rows[number].zero_()
+                if self.groups:
+                    self.groups[number].tiles.zero_()
             self._touched = None
             for edited in self._edited:  # a pass that failed half-way is not counted with the next one
                 edited.clear()

@@ -9,7 +9,7 @@ from torch import Tensor
 from sae_steer.errors import Unsupported
 from sae_steer.sites import Site
 from sae_steer.tables import SiteTables
-from sae_steer_kernels import EditBuffers, feature_edit, reconstruct, topk_rank
+from sae_steer_kernels import DropScratch, EditBuffers, RankBuffers, TokenGroups, feature_edit, reconstruct, topk_rank
 
 
 class TokenMap(Protocol):
@@ -28,6 +28,11 @@ class TokenMap(Protocol):
     @property
     def bits(self) -> Tensor:
         """``[capacity]`` int32."""
+        ...
+
+    @property
+    def groups(self) -> tuple[TokenGroups, ...]:
+        """For each bucket, the step's tokens grouped by slot; empty = they are not."""
         ...
 
 
@@ -66,8 +71,15 @@ class EditLayer:
         wholes = self.tables.wholes
         self._base = torch.zeros(tokens, self.tables.width_out, device=device) if wholes else None
         self._ranks = tuple(
-            torch.zeros(tokens, table.enc.shape[1], dtype=torch.int32, device=device) if wholes else None
+            RankBuffers.empty(tokens=tokens, rows=table.enc.shape[1], device=device) if wholes else None
             for table in self.tables.tables
+        )
+        # On a CPU the few active features of a TopK dictionary are found without it.
+        self._drops = tuple(
+            DropScratch.empty(tokens=tokens, features=whole.enc.shape[0], topk=whole.topk, device=device)
+            if whole.topk and device.type != "cpu"
+            else None
+            for whole in wholes
         )
 
     @property
@@ -122,21 +134,24 @@ class EditLayer:
                 continue
             slots, active = self.step.slots[number][:tokens], self.active[number]
             all_ranks = self._ranks[number]
-            ranks = all_ranks[:tokens] if all_ranks is not None else None
-            for whole in self.tables.wholes:
+            ranks = all_ranks.first(tokens) if all_ranks is not None else None
+            for whole, drop in zip(self.tables.wholes, self._drops, strict=True):
                 assert base is not None  # allocated together with the wholes
                 assert ranks is not None
-                own = (whole.enc, whole.row_float, whole.row_int)
-                rows = (table.enc, table.row_float, table.row_int, table.slot_int)
-                topk_rank(y, slots, active, *rows, whole.number, *own, ranks, read, residual)
-                decoder = (whole.dec, whole.dec_bias)
+                scalars = (whole.row_float, whole.row_int)
+                if whole.topk:
+                    topk_rank(
+                        y, slots, active, table, whole.number, whole.enc, *scalars, ranks, read=read, residual=residual
+                    )
                 reconstruct(
                     y, slots, bits, active, table.slot_int, whole.number,
-                    whole.enc, *decoder, whole.row_float, whole.row_int, base, read, residual,
+                    whole.enc, whole.dec, whole.dec_bias, *scalars, base,
+                    scratch=drop.first(tokens) if drop is not None else None, read=read, residual=residual,
                 )  # fmt: skip
             feature_edit(
                 y, slots, bits, active, table, reports[number].first(tokens),
-                read=read, residual=residual, base=base, rank=ranks,
+                read=read, residual=residual, base=base, rank=ranks.rank if ranks is not None else None,
+                groups=self.step.groups[number] if self.step.groups else None,
             )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sae_steer.report import Run
+from sae_steer_kernels import TokenGroups
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class StepMap:
     capacity: int = 256
     slots: tuple[Tensor, ...] = field(init=False)
     bits: Tensor = field(init=False)
+    groups: tuple[TokenGroups, ...] = field(init=False, default=())  # never grouped
     placed: list[Placed] = field(init=False, default_factory=list)
     tokens: int = field(init=False, default=0)
 

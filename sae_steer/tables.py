@@ -34,6 +34,11 @@ _NORM = {
 }
 
 
+def topk_of(sae: Sae) -> int:
+    """How many features of an SAE are active on a token, where they are ranked; 0 = they are not."""
+    return sae.spec.k or 0 if sae.spec.activation is Activation.TOPK else 0
+
+
 def pack_features(rows: FeatureRows, sae: Sae, number: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The scalars of an SAE's rows as the kernels pack them: ``[K, len(RowFloat)]`` and ``[K, len(RowInt)]``."""
     floats, ints = empty_rows((rows.ids.numel(),), device)
@@ -47,7 +52,7 @@ def pack_features(rows: FeatureRows, sae: Sae, number: int, device: torch.device
         floats[:, column] = values.to(device)
     ints[:, RowInt.ACT] = _ACT[sae.spec.activation]
     ints[:, RowInt.NORM] = _NORM[sae.spec.input_norm]
-    ints[:, RowInt.TOPK] = sae.spec.k or 0 if sae.spec.activation is Activation.TOPK else 0
+    ints[:, RowInt.TOPK] = topk_of(sae)
     ints[:, RowInt.SAE] = number
     ints[:, RowInt.FEATURE] = rows.ids.to(device, torch.int32)
     return floats, ints
@@ -64,6 +69,7 @@ class Whole:
         dec_bias: ``[D_out]`` float32.
         row_float: ``[F, len(RowFloat)]``.
         row_int: ``[F, len(RowInt)]``.
+        topk: k of a TopK dictionary; 0 = another.
     """
 
     number: int
@@ -72,13 +78,15 @@ class Whole:
     dec_bias: Tensor
     row_float: Tensor
     row_int: Tensor
+    topk: int
 
     @classmethod
     def load(cls, sae: Sae, number: int, device: torch.device) -> Self:
         """Reads the whole dictionary of an SAE."""
         rows = sae.rows(range(sae.spec.n_features))
         floats, ints = pack_features(rows, sae, number, device)
-        return cls(number, rows.enc.to(device), rows.dec.to(device), sae.decoder_bias().to(device), floats, ints)
+        bias = sae.decoder_bias().to(device)
+        return cls(number, rows.enc.to(device), rows.dec.to(device), bias, floats, ints, topk_of(sae))
 
     @property
     def nbytes(self) -> int:

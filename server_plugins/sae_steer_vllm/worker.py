@@ -174,6 +174,8 @@ class Worker:
             capacity=shape.max_tokens,
             vocabulary=shape.vocabulary,
             device=shape.device,
+            # On a CPU no kernel runs that would use what these ask for.
+            widths=[(shape.width(s.read), shape.width(s.write)) for s in sites] if shape.device.type != "cpu" else (),
         )
         self.editors: dict[str, Editor] = {}
         for number, site in enumerate(sites):

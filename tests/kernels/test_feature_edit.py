@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sae_steer_kernels import FEATURE_EDIT, EditBuffers, EditTable, Flag, RowFloat, RowInt, SlotInt, feature_edit
 from sae_steer_kernels.feature_edit import torch_impl
-from sae_steer_kernels.feature_edit.reference import feature_edit_reference, gain_at
-from tests.kernels.cases import Step, make_step
+from sae_steer_kernels.feature_edit.grouping import TokenGroups
+from sae_steer_kernels.feature_edit.reference import gain_at
+from tests.kernels.cases import Step, error, make_step, near_a_gate, reference
 
 ON = torch.tensor(True)
 VARIANTS = ["plain", "residual", "drop", "topk"]
@@ -45,28 +46,11 @@ def run(step: Step) -> tuple[Tensor, EditBuffers]:
     return out, buffers
 
 
-def reference(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return feature_edit_reference(step.y, step.slots, step.bits, *step.tables, **step.extras)
-
-
-def error(out: Tensor, expected: Tensor) -> float:
-    """Largest error of a row relative to its length."""
-    return float(((out.double() - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-3)).max())
-
-
-def near_a_gate(step: Step, before: Tensor) -> bool:
-    """Whether some activation is so close to a threshold that float32 may fall on its other side."""
-    thresholds = torch.cat([step.table.row_float[..., c].flatten() for c in (RowFloat.THETA, RowFloat.MASK_LO)])
-    thresholds = torch.cat([thresholds, torch.tensor([-0.5, 0.7, 0.5, 0.0])])
-    values = before[before != 0]
-    return bool(values.numel() and (values[:, None] - thresholds[None, :].double()).abs().min() < 1e-5)
-
-
 @settings(max_examples=150)
 @given(steps)
 def test_equals_the_definition(step: Step) -> None:
     expected, before, after, dose, flags = reference(step)
-    if near_a_gate(step, before):
+    if near_a_gate(step, before).any():
         return
     out, buffers = run(step)
     assert buffers.flags.tolist() == flags.tolist()
@@ -190,15 +174,20 @@ def test_a_wrong_variant_fails(spoil: Callable[[Step], None]) -> None:
     assert error(run(step)[0], expected) > 10 * FEATURE_EDIT.tolerances[torch.float32]
 
 
-def _arguments(step: Step) -> tuple[object, ...]:
+def _arguments(step: Step, *, grouped: bool) -> tuple[object, ...]:
     buffers = step.buffers()
     outputs = (buffers.before.zero_(), buffers.after.zero_(), buffers.dose.zero_(), buffers.flags.zero_())
-    return (step.y.clone(), step.slots, step.bits, ON, *step.tables, *outputs)
+    call = (step.y.clone(), step.slots, step.bits, ON, *step.tables, *outputs)
+    if not grouped:
+        return call
+    groups = TokenGroups.empty(tokens=step.y.shape[0], slots=step.table.enc.shape[0], device=step.y.device)
+    return (*call, None, None, None, None, torch.zeros(9), groups.order, groups.tiles, False)
 
 
-def test_opcheck() -> None:
+@pytest.mark.parametrize("grouped", [False, True])
+def test_opcheck(grouped: bool) -> None:
     step = make_step(2, tokens=6, width=8, rows=3, slots=2)
-    torch.library.opcheck(torch.ops.sae_steer.feature_edit.default, _arguments(step))
+    torch.library.opcheck(FEATURE_EDIT.overload, _arguments(step, grouped=grouped))
 
 
 def test_compiles_into_a_full_graph() -> None:

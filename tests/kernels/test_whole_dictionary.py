@@ -9,7 +9,7 @@ from torch import Tensor
 from sae_steer.reference import decode, encode
 from sae_steer.sae import open_sae
 from sae_steer.tables import Whole
-from sae_steer_kernels import EditTable, RowInt, SlotInt, reconstruct, topk_rank
+from sae_steer_kernels import EditTable, RankBuffers, RowInt, SlotInt, reconstruct, topk_rank
 from tests.sae_files import write_saelens
 
 ON = torch.tensor(True)
@@ -50,10 +50,10 @@ def test_reconstruct(tmp_path: Path, architecture: str, norm: str) -> None:
 
 
 def _ranks(whole: Whole, table: EditTable, y: Tensor, slots: Tensor) -> Tensor:
-    rank = torch.full((y.shape[0], 4), -1, dtype=torch.int32)
-    rows = (table.enc, table.row_float, table.row_int, table.slot_int)
-    topk_rank(y, slots, ON, *rows, 0, whole.enc, whole.row_float, whole.row_int, rank)
-    return rank
+    buffers = RankBuffers.empty(tokens=y.shape[0], rows=4, device=CPU)
+    buffers.rank.fill_(-1)
+    topk_rank(y, slots, ON, table, 0, whole.enc, whole.row_float, whole.row_int, buffers)
+    return buffers.rank
 
 
 def test_topk_membership_equals_the_definition(tmp_path: Path) -> None:

@@ -171,6 +171,19 @@ def test_where_each_token_is() -> None:
     assert step.slots[0].dtype == step.bits.dtype == torch.int32
 
 
+def test_tokens_are_grouped_where_kernels_edit() -> None:
+    step = DeviceStep(BUCKETS, sites=SITES, capacity=8, vocabulary=VOCABULARY, device=CPU, widths=[(4, 4), (8, 4)])
+    step.load(0, 2, PROGRAM)
+    row = step.runs[0].add(PROGRAM, 2, 3)
+    assert make_step()[0].groups == ()
+    fill(step, [0, row, 0], [0, 2, 6, 7], [0, 1, 0, 1, 2, 3, 9], [1, 1, 5, 1, 1, 1, 1], 7)
+    tiles = [tile for tile in step.groups[0].tiles.tolist() if tile[0] == 2]
+    assert [step.groups[0].order[start:end].tolist() for _, start, end in tiles] == [[2, 3, 4, 5]]
+    assert not step.groups[1].tiles[:, 0].any()
+    step.clear()
+    assert not step.groups[0].tiles.any()
+
+
 def test_steps_that_nobody_steers() -> None:
     step, row = make_step()
     fill(step, [row], [0, 4], [0, 1, 2, 3], [1] * 4, 4)

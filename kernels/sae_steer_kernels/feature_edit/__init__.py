@@ -15,16 +15,19 @@ import functools
 import importlib.util
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from sae_steer_kernels._op import Op, lazily
+from sae_steer_kernels._op import Op, lazily, torch_op, triton_obstacle
+from sae_steer_kernels.feature_edit.grouping import TokenGroups
 from sae_steer_kernels.feature_edit.layout import Act, Norm, RowFloat, RowInt, Skip, SlotFloat, SlotInt
 from sae_steer_kernels.feature_edit.reference import feature_edit_reference
-from sae_steer_kernels.feature_edit.torch_impl import feature_edit_torch
+from sae_steer_kernels.feature_edit.regimes import scratch_floats as scratch_floats
+from sae_steer_kernels.feature_edit.torch_impl import edit_by_torch
 
 _SCALE_DEFAULTS = {
     RowFloat.MAG_SCALE: 1.0,
@@ -124,12 +127,18 @@ class EditTable:
         )
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tables, in the order in which the op takes them."""
+        return self.enc, self.dec, self.row_float, self.row_int, self.slot_float, self.slot_int, self.gain
+
+    def to(self, device: torch.device) -> Self:
+        """The same tables on another device."""
+        return type(self)(*(t.to(device) for t in self.tensors))
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the tables hold."""
-        return sum(
-            t.nbytes
-            for t in (self.enc, self.dec, self.row_float, self.row_int, self.slot_float, self.slot_int, self.gain)
-        )
+        return sum(t.nbytes for t in self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,42 +150,48 @@ class EditBuffers:
         after: ``[T, K]`` float32 activations ``f'`` (``f`` where an edit did not hold).
         dose: ``[T]`` float32, ``|delta| / |x|`` as asked for, before the limit.
         flags: ``[T]`` int32, a :class:`~sae_steer_kernels.feature_edit.layout.Flag` each.
+        scratch: ``[n]`` float32 partial results between the launches of one call; None = no call has more than one.
     """
 
     before: Tensor
     after: Tensor
     dose: Tensor
     flags: Tensor
+    scratch: Tensor | None = None
 
     @classmethod
-    def empty(cls, *, tokens: int, rows: int, device: torch.device) -> Self:
-        """Buffers for steps of up to ``tokens`` tokens."""
+    def empty(cls, *, tokens: int, rows: int, device: torch.device, scratch: int = 0) -> Self:
+        """Buffers for steps of up to ``tokens`` tokens; ``scratch`` is that of :func:`scratch_floats`."""
         return cls(
             before=torch.zeros(tokens, rows, device=device),
             after=torch.zeros(tokens, rows, device=device),
             dose=torch.zeros(tokens, device=device),
             flags=torch.zeros(tokens, dtype=torch.int32, device=device),
+            scratch=torch.zeros(scratch, device=device) if scratch else None,
         )
 
     @property
     def nbytes(self) -> int:
         """Bytes that the buffers hold."""
-        return self.before.nbytes + self.after.nbytes + self.dose.nbytes + self.flags.nbytes
+        mine = (self.before, self.after, self.dose, self.flags, self.scratch)
+        return sum(t.nbytes for t in mine if t is not None)
 
     def first(self, tokens: int) -> Self:
-        """A view of the first ``tokens`` rows."""
+        """A view of the first ``tokens`` rows, with all of the scratch."""
         return self.at(slice(tokens))
 
     def split(self, parts: int) -> Self:
-        """A view as ``[parts, T / parts, ...]``."""
-        return type(self)(*(t.view(parts, -1, *t.shape[1:]) for t in (self.before, self.after, self.dose, self.flags)))
+        """A view as ``[parts, T / parts, ...]``, with all of the scratch."""
+        mine = (self.before, self.after, self.dose, self.flags)
+        before, after, dose, flags = (t.view(parts, -1, *t.shape[1:]) for t in mine)
+        return type(self)(before, after, dose, flags, self.scratch)
 
     def at(self, index: int | slice | Tensor) -> Self:
-        """What is at an index of the first dimension; a view where torch gives one."""
-        return type(self)(self.before[index], self.after[index], self.dose[index], self.flags[index])
+        """What is at an index of the first dimension, a view where torch gives one, with all of the scratch."""
+        chosen = (self.before[index], self.after[index], self.dose[index], self.flags[index])
+        return type(self)(*chosen, self.scratch)
 
 
-@torch.library.custom_op("sae_steer::feature_edit", mutates_args=("y", "before", "after", "dose", "flags"))
 def _feature_edit(
     y: Tensor,
     slots: Tensor,
@@ -197,53 +212,28 @@ def _feature_edit(
     residual: Tensor | None = None,
     base: Tensor | None = None,
     rank: Tensor | None = None,
+    scratch: Tensor | None = None,
+    order: Tensor | None = None,
+    tiles: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> None:
-    tables = (enc, dec, row_float, row_int, slot_float, slot_int, gain)
-    _run(y, slots, bits, active, tables, (before, after, dose, flags), (read, residual, base, rank))
-
-
-@_feature_edit.register_fake
-def _(
-    y: Tensor,
-    slots: Tensor,
-    bits: Tensor,
-    active: Tensor,
-    enc: Tensor,
-    dec: Tensor,
-    row_float: Tensor,
-    row_int: Tensor,
-    slot_float: Tensor,
-    slot_int: Tensor,
-    gain: Tensor,
-    before: Tensor,
-    after: Tensor,
-    dose: Tensor,
-    flags: Tensor,
-    read: Tensor | None = None,
-    residual: Tensor | None = None,
-    base: Tensor | None = None,
-    rank: Tensor | None = None,
-) -> None:
-    return None
-
-
-def _run(
-    y: Tensor,
-    slots: Tensor,
-    bits: Tensor,
-    active: Tensor,
-    tables: tuple[Tensor, ...],
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    inputs: tuple[Tensor | None, ...],
-) -> None:
+    arguments = (
+        y, slots, bits, enc, dec, row_float, row_int, slot_float, slot_int, gain, before, after, dose, flags,
+        read, residual, base, rank, scratch, order, tiles, batch_invariant,
+    )  # fmt: skip
     # ``active`` lives on the CPU, so that reading it costs no device synchronisation, and is a tensor, so that a
-    # compiled graph does not bake its value in.
-    if bool(active):
-        FEATURE_EDIT.implementation(y.device)(y, slots, bits, *tables, *outputs, *inputs)
-    else:
-        *_, dose, flags = outputs
-        flags.zero_()
-        dose.zero_()
+    # compiled graph does not bake its value in. A CUDA graph would: what may be in one launches whatever it says.
+    asked = bool(active)
+    if asked or y.device.type != "cpu":
+        provider = FEATURE_EDIT.provider(y.device, *arguments)
+        if asked or provider in FEATURE_EDIT.host_free:
+            FEATURE_EDIT.implementations[provider](*arguments)
+            return
+    flags.zero_()
+    dose.zero_()
+
+
+_OP = torch_op(_feature_edit, name="feature_edit", mutates=("y", "before", "after", "dose", "flags", "scratch"))
 
 
 def feature_edit(
@@ -258,6 +248,8 @@ def feature_edit(
     residual: Tensor | None = None,
     base: Tensor | None = None,
     rank: Tensor | None = None,
+    groups: TokenGroups | None = None,
+    batch_invariant: bool = False,
 ) -> None:
     """Edits ``y`` in place and fills ``buffers``; rows whose slot is 0 stay as they are, to the bit.
 
@@ -272,27 +264,45 @@ def feature_edit(
         residual: ``[T, D]`` added to what is encoded (hosts that keep the residual stream in two parts).
         base: ``[T, D_out]`` ``decode(f) - y`` for tokens that drop the reconstruction error.
         rank: ``[T, K]`` int32 number of pre-activations above each row's own, where rows are TopK.
+        groups: This step's tokens grouped by slot; without it no prefill goes to tensor cores.
+        batch_invariant: A token's bits do not depend on its neighbours, nor on how many there are. Slower.
     """
-    tables = (table.enc, table.dec, table.row_float, table.row_int, table.slot_float, table.slot_int, table.gain)
-    outputs = (buffers.before, buffers.after, buffers.dose, buffers.flags)
-    if not torch.compiler.is_compiling():
-        # Without a graph to hold it, the op's own dispatch would cost as much as a small edit.
-        _run(y, slots, bits, active, tables, outputs, (read, residual, base, rank))
-        return
-    _feature_edit(y, slots, bits, active, *tables, *outputs, read, residual, base, rank)
+    order, tiles = (None, None) if groups is None else (groups.order, groups.tiles)
+    # Without a graph to hold it, the op's own dispatch would cost as much as a small edit.
+    run: Callable[..., None] = _OP if torch.compiler.is_compiling() else _feature_edit
+    run(
+        y, slots, bits, active, *table.tensors, buffers.before, buffers.after, buffers.dose, buffers.flags,
+        read, residual, base, rank, buffers.scratch, order, tiles, batch_invariant,
+    )  # fmt: skip
+
+
+_TRITON = "sae_steer_kernels.feature_edit.triton_impl"
+
+
+def _generate(seed: int, device: torch.device, **sizes: Any) -> dict[str, Any]:
+    call: dict[str, Any] = lazily("sae_steer_kernels.feature_edit.generate", "generate")(seed, device, **sizes)
+    return call
+
+
+def _triton_supports(*arguments: Any) -> str:
+    return triton_obstacle() or str(lazily(_TRITON, "supports")(*arguments))
 
 
 FEATURE_EDIT = Op(
     name="feature_edit",
     reference=feature_edit_reference,
     implementations={
-        "torch": feature_edit_torch,
+        "torch": edit_by_torch,
         "numba": lazily("sae_steer_kernels.feature_edit.numba_impl", "feature_edit_numba"),
+        "triton": lazily(_TRITON, "feature_edit_triton"),
     },
     # Numba comes with vLLM; without it a CPU's small steps cost a few times as much.
-    by_device={"cpu": "numba" if importlib.util.find_spec("numba") else "torch", "cuda": "torch"},
+    by_device={"cpu": "numba" if importlib.util.find_spec("numba") else "torch", "cuda": "triton"},
     # Relative error of one edited row against float64, per dtype of ``y``. The encode, the edit and the sum run in
     # float32 (24 bits: 1e-7 an operation, some hundred of them); storing to a narrow ``y`` and keeping decoder rows in
     # its dtype rounds once each, to 2^-8 in bfloat16 and 2^-11 in float16.
     tolerances={torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float64: 2e-5},
+    supports={"triton": _triton_supports},
+    generate=_generate,
+    host_free=frozenset({"triton"}),
 )

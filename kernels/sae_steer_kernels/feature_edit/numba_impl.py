@@ -24,7 +24,7 @@ from sae_steer_kernels.feature_edit.layout import (
     SlotFloat,
     SlotInt,
 )
-from sae_steer_kernels.feature_edit.torch_impl import feature_edit_torch
+from sae_steer_kernels.feature_edit.torch_impl import edit_by_torch
 
 FEW = 64
 """Steps of at most so many tokens are edited here."""
@@ -269,12 +269,21 @@ def feature_edit_numba(
     residual: Tensor | None,
     base: Tensor | None,
     rank: Tensor | None,
+    scratch: Tensor | None = None,
+    order: Tensor | None = None,
+    tiles: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> None:
-    """Edits ``y`` in place; arguments as in :func:`sae_steer_kernels.feature_edit.feature_edit`."""
+    """Edits ``y`` in place; arguments as in :func:`sae_steer_kernels.feature_edit.feature_edit`.
+
+    Tokens are edited one by one here, so that it is invariant of the batch as it is.
+    """
     tables = (row_float, row_int, slot_float, slot_int, gain)
     outputs = (before, after, dose, flags)
-    if y.shape[0] > FEW or y.dtype not in _OVERFLOWS or dec.dtype != y.dtype:
-        feature_edit_torch(y, slots, bits, enc, dec, *tables, *outputs, read, residual, base, rank)
+    many = y.shape[0] > FEW and not batch_invariant
+    if many or y.dtype not in _OVERFLOWS or dec.dtype != y.dtype:
+        call = (y, slots, bits, enc, dec, *tables, *outputs, read, residual, base, rank)
+        edit_by_torch(*call, scratch, order, tiles, batch_invariant)
         return
     wide = y.dtype == torch.float32
     work = y.float().contiguous()

@@ -9,6 +9,7 @@ import functools
 import math
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -257,3 +258,16 @@ def feature_edit_torch(
         dose[tokens] = token_dose.squeeze(1)
         marks = torch.cat([touched[:, None], torch.zeros_like(finite) if over is None else over, ~finite], dim=1)
         flags[tokens] = (marks * _MARKS.to(y.device)).sum(dim=1, dtype=torch.int32)
+
+
+def edit_by_torch(*arguments: Any) -> None:
+    """The implementation as the op calls it: without scratch and groups, and token by token where that is asked."""
+    *call, _scratch, _order, _tiles, batch_invariant = arguments
+    if not batch_invariant:
+        feature_edit_torch(*call)
+        return
+    y, slots, bits, *rest = call
+    tables, per_token = rest[:7], rest[7:]
+    for t in range(y.shape[0]):
+        own = [None if value is None else value[t : t + 1] for value in per_token]
+        feature_edit_torch(y[t : t + 1], slots[t : t + 1], bits[t : t + 1], *tables, *own)
