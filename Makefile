@@ -10,6 +10,8 @@ OLDER := 0.28.0 0.30.0
 
 # What compute-sanitizer watches, slowly: every property of every kernel once.
 SANITIZED := -q tests/gpu -k "test_properties and not torch" --timeout 0
+# What people train SAEs with, for `make oracle`: as far as their releases go that were tried.
+TRAINERS := sae-lens==6.54.12 eai-sparsify==1.3.3 dictionary-learning==0.1.0
 
 BIN := .venv/bin
 STAMP := .venv/.installed-vllm-$(VLLM)
@@ -17,10 +19,10 @@ STAMP := .venv/.installed-vllm-$(VLLM)
 TORCH := $(shell grep '^torch==' constraints-cpu.txt)+cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all vllm-matrix lint format bench gpu embedded clean $(OLDER:%=vllm-%)
+.PHONY: help venv demo test test-all oracle vllm-matrix lint format bench gpu embedded clean $(OLDER:%=vllm-%)
 
 # nothing is downloaded while tests or the demo run
-demo test test-all vllm-matrix: export HF_HUB_OFFLINE = 1
+demo test test-all oracle vllm-matrix: export HF_HUB_OFFLINE = 1
 
 # print this list
 help:
@@ -60,6 +62,19 @@ test: venv
 # run all tests, the slow ones too
 test-all: venv
 	$(BIN)/python -m pytest
+
+# write SAEs with the libraries that people train with, in an environment of their own, and read them here
+oracle: venv .venv-oracle/.installed
+	rm -rf build/oracle
+	.venv-oracle/bin/python tests/oracle/write.py build/oracle
+	SAE_STEER_ORACLE=build/oracle $(BIN)/python -m pytest tests/oracle
+
+# Without torchvision, which may come as another build than torch, and then breaks transformers' imports.
+.venv-oracle/.installed: Makefile
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(TORCH) $(TRAINERS)
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
+	@touch $@
 
 # run the vLLM plugin's tests with older releases too, each in an environment of its own
 vllm-matrix: $(OLDER:%=vllm-%)
@@ -102,5 +117,5 @@ embedded:
 
 # remove the environments, builds and caches
 clean:
-	rm -rf .venv .venv-vllm-* build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oracle .venv-vllm-* build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -286,6 +286,12 @@ def _drops(steering: Steering, catalog: Catalog, builders: dict[Site, _SiteBuild
                 "exact scale. Use 'keep'.",
                 param="steering.error",
             )
+        if entry.sae.spec.skip:
+            raise Unsupported(
+                f"steering.error: the reconstruction of {entry.name!r} has a term of its input besides the features "
+                "(W_skip), which is not computed here. Use 'keep'.",
+                param="steering.error",
+            )
         found[site] = entry.sae.fingerprint
     return found
 

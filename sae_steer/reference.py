@@ -65,11 +65,9 @@ _DICTIONARIES: dict[str, dict[str, Tensor]] = {}
 
 
 def dictionary(sae: Sae) -> dict[str, Tensor]:
-    """The tensors of an SAE's file in float64, read once; in decoder-norm units where the file's values are."""
+    """The unfolded dictionary of an SAE in float64, read once; in decoder-norm units where the file's values are."""
     if sae.fingerprint not in _DICTIONARIES:
-        raw = dict(sae.raw())
-        if "log_threshold" in raw:
-            raw["threshold"] = raw["log_threshold"].exp()
+        raw = dict(sae.dictionary())
         if sae.spec.value_convention == DECODER_NORM_UNITS:
             norms = raw["W_dec"].norm(dim=1)
             raw["W_enc"], raw["b_enc"] = raw["W_enc"] * norms, raw["b_enc"] * norms

@@ -1,41 +1,79 @@
-"""Files of a checkpoint: JSON and safetensors read without trust, and an SAE that lives in them."""
+"""Files of a checkpoint: read without trust, weights mapped; and an SAE that lives in them."""
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sae_steer.errors import CheckpointError, UnknownFeature
+from sae_steer.errors import CheckpointError, UnknownFeature, UnsupportedCheckpoint
+from sae_steer.sae.npz_files import map_npz
 from sae_steer.sae.pickles import refuse_pickle
-from sae_steer.sae.record import FeatureRows, SaeSpec
-from sae_steer.sae.weights import Weights
+from sae_steer.sae.record import Activation, FeatureRows, SaeSpec
+from sae_steer.sae.torch_files import map_torch
+from sae_steer.sae.weights import RowSource, Weights
 
 MAX_CONFIG_BYTES = 2**20
+WEIGHTS_SUFFIXES = frozenset({".safetensors", ".npz", ".pt", ".pth"})
 
 
 @dataclass(frozen=True, slots=True)
-class FileSae:
-    """An :class:`~sae_steer.sae.record.Sae` over one mapped weights file; arguments and methods as stated there.
+class MappedFile:
+    """A weights file that was opened.
 
     Args:
-        weights: The dictionary, as views of ``tensors``.
-        tensors: The file's tensors under their own names.
-        file: The weights file.
-        identity: What it was when it was opened; see :func:`identity_of`.
+        path: The file.
+        values: What it holds by name: mapped tensors, and in a torch file also plain values.
+        identity: What the file was just before it was opened; see :func:`identity_of`.
+    """
+
+    path: Path
+    values: Mapping[str, object]
+    identity: tuple[int, int, int] | None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors among its values."""
+        return {name: value for name, value in self.values.items() if isinstance(value, Tensor)}
+
+
+@dataclass(frozen=True)
+class FileSae:
+    """An :class:`~sae_steer.sae.record.Sae` over mapped weights files; arguments and methods as stated there.
+
+    Args:
+        weights: The dictionary, as views of the files' tensors.
+        files: The weights files.
+        digest: Hex SHA-256 that stands for the weights; None = that of the files' bytes, read when it is asked for.
+        topk_threshold: ``[]``, the threshold that a TopK's file stores beside its k.
+        parameters: Numbers that the forward depends on and that are neither in the weights nor in the spec.
     """
 
     spec: SaeSpec
     path: Path
-    fingerprint: str
-    weights: Weights
-    tensors: Mapping[str, Tensor]
-    file: Path
-    identity: tuple[int, int, int] | None
+    weights: RowSource
+    files: tuple[MappedFile, ...]
+    digest: str | None = None
+    topk_threshold: Tensor | None = None
+    parameters: tuple[float, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """As stated there; reads the files whole, once, unless their digest is known. Raises CheckpointError."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        content = self.digest or "\n".join(_digest(file.path) for file in self.files)
+        self._check_unchanged()
+        if self.parameters:
+            content += "\n" + json.dumps(self.parameters)
+        return fingerprint_of(content, self.spec)
 
     def rows(self, ids: Sequence[int]) -> FeatureRows:
         """Canonical rows; raises :class:`UnknownFeature` and, for weights that are not finite, CheckpointError."""
@@ -43,13 +81,7 @@ class FileSae:
         unknown = next((feature for feature in ids if not 0 <= feature < count), None)
         if unknown is not None:
             raise UnknownFeature(f"There is no feature {unknown}: this dictionary has features 0 to {count - 1}.")
-        now = identity_of(self.file)
-        # Replaced by rename, the mapped file is still whole; changed in place, it is not what was fingerprinted.
-        if now is not None and self.identity is not None and now[0] == self.identity[0] and now != self.identity:
-            raise CheckpointError(
-                f"{self.file} was changed while it was in use, so its fingerprint is no longer true. Restart; to "
-                "replace a dictionary, write a new file and rename it into place."
-            )
+        self._check_unchanged()
         rows = self.weights.rows(torch.tensor(ids, dtype=torch.int64))
         for name in ("enc", "dec", "bias", "theta", "mag_scale", "mag_bias", "enc_sum"):
             values: Tensor = getattr(rows, name)
@@ -69,9 +101,63 @@ class FileSae:
             raise CheckpointError(f"{self.path}: the decoder bias is not finite. The file is damaged.")
         return bias
 
+    def thresholded(self) -> "FileSae":
+        """The same dictionary, its TopK taken for a JumpReLU at the threshold that is stored beside it.
+
+        Raises:
+            UnsupportedCheckpoint: It is no TopK, or stores no threshold.
+        """
+        if self.spec.activation is not Activation.TOPK or self.topk_threshold is None:
+            raise UnsupportedCheckpoint(
+                f"{self.path}: a threshold was asked for, and only a TopK that stores one has it."
+            )
+        note = f"TopK by its stored threshold, as was asked: exact is the rank among all features (k = {self.spec.k})"
+        spec = replace(self.spec, activation=Activation.JUMPRELU, k=None, notes=(*self.spec.notes, note))
+        assert isinstance(self.weights, Weights)  # only those have thresholds apart
+        weights = replace(self.weights, theta=self.topk_threshold.expand(spec.n_features))
+        return replace(self, spec=spec, weights=weights, topk_threshold=None)
+
+    def dictionary(self) -> Mapping[str, Tensor]:
+        """All of it, unfolded, under the names of the record."""
+        return self.weights.unfolded()
+
     def raw(self) -> Mapping[str, Tensor]:
         """Copies of all tensors as float64."""
-        return {name: tensor.double().clone() for name, tensor in self.tensors.items()}
+        tensors = {name: tensor for file in self.files for name, tensor in file.tensors.items()}
+        return {name: tensor.to(torch.float64, copy=True) for name, tensor in tensors.items()}
+
+    def _check_unchanged(self) -> None:
+        for file in self.files:
+            now = identity_of(file.path)
+            # Replaced by rename, the mapped file is still whole; changed in place, it is not what was fingerprinted.
+            if now is not None and file.identity is not None and now[0] == file.identity[0] and now != file.identity:
+                raise CheckpointError(
+                    f"{file.path} was changed while it was in use, so its fingerprint is no longer true. Restart; to "
+                    "replace a dictionary, write a new file and rename it into place."
+                )
+
+
+def map_weights(path: Path, unpacked: Path | None = None) -> MappedFile:
+    """Opens a weights file by its suffix: safetensors, torch's ``.pt`` and ``.pth``, or ``.npz``.
+
+    Args:
+        path: The file.
+        unpacked: A folder into which an ``.npz`` that is compressed may be unpacked; None = it is refused.
+
+    Raises:
+        UnsafeCheckpoint: It is a pickle of more than tensors, whatever its name says.
+        CheckpointError: It is damaged, not there, or not of a kind that can be mapped.
+    """
+    identity = identity_of(path)  # before anything of it is read
+    match path.suffix.lower():
+        case ".safetensors":
+            return MappedFile(path, map_safetensors(path), identity)
+        case ".npz":
+            return MappedFile(path, map_npz(path, unpacked), identity)
+        case ".pt" | ".pth":
+            return MappedFile(path, map_torch(path), identity)
+    refuse_pickle(path)
+    raise CheckpointError(f"{path} is no weights file. Known are {', '.join(sorted(WEIGHTS_SUFFIXES))}.")
 
 
 def identity_of(file: Path) -> tuple[int, int, int] | None:
@@ -113,13 +199,18 @@ def map_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def fingerprint(weights: Path, spec: SaeSpec) -> str:
-    """``sha256:...`` of a weights file and of all that was parsed beside it; notes are prose, and left out."""
-    parsed = {field.name: getattr(spec, field.name) for field in fields(spec) if field.name != "notes"}
-    text = json.dumps(parsed, sort_keys=True, separators=(",", ":"), default=str)  # a Site by its grammar
+def _digest(path: Path) -> str:
     try:
-        with weights.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CheckpointError(f"{weights} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def fingerprint_of(content: str, spec: SaeSpec) -> str:
+    """``sha256:...`` of the digest of some weights and of what was parsed; notes are prose, and left out."""
+    values = {field.name: (getattr(spec, field.name), field.default) for field in fields(spec) if field.name != "notes"}
+    # Fields with a default came later: at it, they say nothing new, and fingerprints that were written down stay true.
+    parsed = {name: value for name, (value, default) in values.items() if value != default}
+    text = json.dumps(parsed, sort_keys=True, separators=(",", ":"), default=str)  # a Site by its grammar
     return "sha256:" + hashlib.sha256(f"{content}\n{text}".encode()).hexdigest()

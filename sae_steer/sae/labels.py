@@ -1,4 +1,6 @@
-"""Labels and reference maxima of features: an optional ``features.json`` beside the weights.
+"""Labels and reference maxima of features: an optional ``features.json`` in the folder of a checkpoint.
+
+Where the checkpoint is one file among others, such as ``layer0.pt``, it is ``layer0.features.json`` beside it.
 
 ``{"features": {"<id>": {"label": "text" or null, "reference_max": number}}}``; other keys are ignored.
 """
@@ -48,17 +50,17 @@ class Labels:
         self._folded = {i: entry.label.casefold() for i, entry in self._features.items() if entry.label is not None}
 
     @classmethod
-    def load(cls, folder: Path, n_features: int | None = None) -> Self:
-        """Reads a folder's ``features.json``; without that file there are no labels.
+    def load(cls, location: Path, n_features: int | None = None) -> Self:
+        """Reads the labels of a checkpoint; without such a file there are none.
 
         Args:
-            folder: Folder of the checkpoint.
+            location: Folder of the checkpoint, or its one file.
             n_features: F, to check the numbers against.
 
         Raises:
             CheckpointError: The file does not have the form above.
         """
-        path = folder / LABELS_FILE
+        path = labels_file(location)
         if not path.is_file():
             return cls({})
         features = read_json(path, MAX_LABELS_BYTES).get("features")
@@ -86,6 +88,11 @@ class Labels:
 
     def __len__(self) -> int:
         return len(self._features)
+
+
+def labels_file(location: Path) -> Path:
+    """Where the labels of a checkpoint, a folder or one file, would be."""
+    return location / LABELS_FILE if location.is_dir() else location.with_suffix(f".{LABELS_FILE}")
 
 
 def _entry(key: str, value: object, n_features: int | None, path: Path) -> FeatureLabel:

@@ -1,14 +1,18 @@
-"""Recognises pickles by their bytes and refuses them. Nothing here, or anywhere else in this package, loads one."""
+"""Recognises pickles by their bytes and refuses them, by the names that they would import. Nothing here loads one."""
 
 import io
 import pickletools
+import struct
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sae_steer.errors import CheckpointError, UnsafeCheckpoint
 
 PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
+# What zipfile raises for archives that are cut short or damaged.
+BROKEN_ARCHIVE = (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, struct.error, zlib.error)
 _ZIP = b"PK\x03\x04"  # torch.save since 1.6: a zip archive around data.pkl
 _PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")  # the second byte, since protocol 2
 _EXAMINED = 2**20  # bytes of a pickle that are looked at: enough for every object graph, and no more
@@ -31,9 +35,13 @@ def refuse_pickle(path: Path) -> None:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not is_pickle(head) and path.suffix.lower() not in PICKLE_SUFFIXES:
         return
-    names = sorted(set(pickled_globals(content)))
+    raise UnsafeCheckpoint(not_loaded(path, sorted(set(pickled_globals(content)))))
+
+
+def not_loaded(path: Path, names: Sequence[str]) -> str:
+    """The message for a pickle that is refused, with the first of the names that it would import."""
     found = f" (this one looks up {', '.join(names[:8])})" if names else ""
-    raise UnsafeCheckpoint(
+    return (
         f"{path} is a pickle, and loading a pickle runs whatever code it holds{found}. It was not loaded. "
         "Use the safetensors form of this SAE, or convert it where that cannot do harm."
     )
@@ -76,5 +84,5 @@ def _inner_pickle(path: Path) -> bytes:
                 return b""
             with archive.open(name) as file:
                 return file.read(_EXAMINED)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError):
+    except BROKEN_ARCHIVE:
         return b""

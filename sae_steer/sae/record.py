@@ -61,6 +61,7 @@ class SaeSpec:
         dtype: The type in which the encoder is stored, such as ``bfloat16``.
         value_convention: In which units feature values are: ``RAW_UNITS`` or ``DECODER_NORM_UNITS``.
         notes: What was read into the file, folded or left out, in words that a user can check.
+        skip: Whether the reconstruction has a term ``W_skip x`` besides: no delta involves it, and ``decode`` lacks it.
     """
 
     family: str
@@ -77,6 +78,7 @@ class SaeSpec:
     dtype: str
     value_convention: str
     notes: tuple[str, ...]
+    skip: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,7 @@ class Sae(Protocol):
 
     @property
     def path(self) -> Path:
-        """The folder that holds the checkpoint."""
+        """The folder that holds the checkpoint, or its one file where a folder holds several."""
         ...
 
     def rows(self, ids: Sequence[int]) -> FeatureRows:
@@ -138,6 +140,14 @@ class Sae(Protocol):
 
     def decoder_bias(self) -> Tensor:
         """``b_dec`` as ``[D_out]`` float32; raises :class:`CheckpointError` where it is not finite."""
+        ...
+
+    def dictionary(self) -> Mapping[str, Tensor]:
+        """The whole dictionary in float64 before any fold, under the same names and ways round for every family.
+
+        ``W_enc [D, F]``, ``W_dec [F, D_out]``, ``b_dec [D_out]``, ``b_enc [F]``; gated instead of ``b_enc``:
+        ``b_gate``, ``r_mag``, ``b_mag``, each ``[F]``; JumpReLU also ``threshold [F]``. For references and tests.
+        """
         ...
 
     def raw(self) -> Mapping[str, Tensor]:

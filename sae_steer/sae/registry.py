@@ -1,12 +1,16 @@
-"""The seam for checkpoint families: a family says which folders are its own, and opens them."""
+"""The seam for checkpoint families: a family says which places are its own, and opens them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 
 from sae_steer.errors import UnsupportedCheckpoint
+from sae_steer.sae.files import WEIGHTS_SUFFIXES, FileSae
+from sae_steer.sae.location import Location
 from sae_steer.sae.pickles import PICKLE_SUFFIXES, refuse_pickle
-from sae_steer.sae.record import Sae
+
+_NAMED = 5  # SAEs or files that a message lists
+_LISTED = 12  # tensors of a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,15 +19,15 @@ class Family:
 
     Args:
         name: Its name, unique.
-        looks_for: The files by which it is recognised, in words.
-        recognises: Whether a folder is of this family; looks at names, never loads.
-        open: Opens such a folder; raises :class:`~sae_steer.errors.CheckpointError`.
+        looks_for: The files, and the tensors in them, by which it is recognised, in words.
+        recognises: Whether a place is of this family; looks at names and shapes, and never raises.
+        open: Opens such a place; raises :class:`~sae_steer.errors.CheckpointError`.
     """
 
     name: str
     looks_for: str
-    recognises: Callable[[Path], bool]
-    open: Callable[[Path], Sae]
+    recognises: Callable[[Location], bool]
+    open: Callable[[Location], FileSae]
 
 
 class Registry:
@@ -45,28 +49,48 @@ class Registry:
             raise UnsupportedCheckpoint(f"There is no checkpoint family {name!r}. Families: {known}.")
         return self._families[name]
 
-    def sniff(self, folder: Path) -> Family:
-        """The one family that recognises a folder.
+    def names(self) -> list[str]:
+        """The names of all families."""
+        return list(self._families)
+
+    def sniff(self, location: Location) -> Family:
+        """The one family that recognises a place.
 
         Raises:
-            UnsafeCheckpoint: None does, and the folder holds pickles.
+            UnsafeCheckpoint: None does, and there are pickles of more than tensors.
             UnsupportedCheckpoint: None does, or several do.
+            CheckpointError: None does, and weights there cannot be read.
         """
-        found = self._recognising(folder)
+        found = self._recognising(location)
         if len(found) == 1:
             return found[0]
+        path = location.path
         if found:
             names = " and ".join(family.name for family in found)
-            raise UnsupportedCheckpoint(f"{folder} could be of the families {names}. Say which one it is.")
-        entries = sorted(folder.iterdir())
-        inside = [entry.name for entry in entries if entry.is_dir() and self._recognising(entry)]
-        if inside:
-            raise UnsupportedCheckpoint(f"{folder} is no SAE, but holds some. Name one: {', '.join(inside[:5])}.")
-        for entry in entries:
-            if entry.suffix.lower() in PICKLE_SUFFIXES and entry.is_file():
-                refuse_pickle(entry)
+            raise UnsupportedCheckpoint(f"{path} could be of the families {names}. Say which one it is.")
+        if location.file is None:
+            entries = sorted(path.iterdir())
+            inside = (entry.name for entry in entries if self._is_one(Location(entry)))
+            if several := ", ".join(islice(inside, _NAMED)):
+                raise UnsupportedCheckpoint(f"{path} is no SAE, but holds some. Name one: {several}.")
+            for entry in entries:
+                if entry.suffix.lower() in PICKLE_SUFFIXES - WEIGHTS_SUFFIXES and entry.is_file():
+                    refuse_pickle(entry)
+        held = [f"{file.name} with {_listed(location.peek(file))}" for file in location.weights(*WEIGHTS_SUFFIXES)]
+        if location.problems:
+            raise location.problems[0]
+        found_there = f" There is {'; '.join(held[:_NAMED])}." if held else ""
         looked = "; ".join(f"{family.name}: {family.looks_for}" for family in self._families.values())
-        raise UnsupportedCheckpoint(f"{folder} holds no SAE that is known here. Looked for {looked}.")
+        raise UnsupportedCheckpoint(f"{path} holds no SAE that is known here. Looked for {looked}.{found_there}")
 
-    def _recognising(self, folder: Path) -> list[Family]:
-        return [family for family in self._families.values() if family.recognises(folder)]
+    def _is_one(self, location: Location) -> bool:
+        known = location.file is None or location.path.suffix.lower() in WEIGHTS_SUFFIXES
+        return known and bool(self._recognising(location))
+
+    def _recognising(self, location: Location) -> list[Family]:
+        return [family for family in self._families.values() if family.recognises(location)]
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")

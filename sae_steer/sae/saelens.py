@@ -8,41 +8,43 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from sae_steer.errors import CheckpointError, UnsupportedCheckpoint
-from sae_steer.sae.files import FileSae, fingerprint, identity_of, map_safetensors, read_json
+from sae_steer.sae.files import FileSae, read_json
+from sae_steer.sae.location import Location
 from sae_steer.sae.record import DECODER_NORM_UNITS, Activation, SaeSpec
 from sae_steer.sae.registry import Family
-from sae_steer.sae.saelens_config import FAMILY_NAME, parse_config
+from sae_steer.sae.saelens_config import FAMILY_NAME, SCALED, parse_config
+from sae_steer.sae.settings import Settings
+from sae_steer.sae.tensors import DTYPES, check_tensors
 from sae_steer.sae.weights import Weights
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
-_DTYPES = {
-    torch.float64: "float64",
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
+SCALER_FILE = "activation_scaler.json"
 
 
-def recognises(folder: Path) -> bool:
+def recognises(location: Location) -> bool:
     """Whether a folder holds both files."""
-    return (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
+    return location.has(CONFIG_FILE, WEIGHTS_FILE)
 
 
-def open_folder(folder: Path) -> FileSae:
+def open_folder(location: Location) -> FileSae:
     """Opens a SAELens folder; raises :class:`CheckpointError` or one of its subclasses."""
-    spec = parse_config(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
+    folder = location.folder
+    config = read_json(folder / CONFIG_FILE)
+    scale = _scale(folder) if config.get("normalize_activations") == SCALED else None
+    spec = parse_config(config, folder / CONFIG_FILE, scaled=scale is not None)
     path = folder / WEIGHTS_FILE
-    identity = identity_of(path)  # before anything of it is read
-    tensors = map_safetensors(path)
+    file = location.open(path)
+    tensors = file.tensors
     _check_shapes(tensors, spec, path)
     theta, notes = _threshold(tensors, spec, path)
     notes += _check_scaling_factor(tensors, path)
-    dtype = _DTYPES[tensors["W_enc"].dtype]
+    if scale is not None:
+        notes += (f"the input is scaled by {scale:.6g}, as {SCALER_FILE} says: folded into encoder and decoder",)
+    dtype = DTYPES[tensors["W_enc"].dtype]
     if dtype != spec.dtype:
         notes += (f"cfg.json says {spec.dtype}, and the encoder is stored as {dtype}: its stored values are used",)
     spec = replace(spec, dtype=dtype, notes=spec.notes + notes)
@@ -50,15 +52,17 @@ def open_folder(folder: Path) -> FileSae:
     weights = Weights(
         enc=tensors["W_enc"].T,
         dec=tensors["W_dec"],
-        dec_bias=tensors["b_dec"],
+        dec_bias=tensors["b_dec"] if scale is None else tensors["b_dec"].double() / scale,
         bias=tensors["b_gate" if gated else "b_enc"],
         subtracts_decoder_bias=spec.subtracts_decoder_bias,
         theta=theta,
         r_mag=tensors["r_mag"] if gated else None,
         b_mag=tensors["b_mag"] if gated else None,
         decoder_norm_units=spec.value_convention == DECODER_NORM_UNITS,
+        enc_scale=scale or 1.0,
+        dec_scale=1 / (scale or 1.0),
     )
-    return FileSae(spec, folder, fingerprint(path, spec), weights, tensors, path, identity)
+    return FileSae(spec, folder, weights, (file,), parameters=(scale,) if scale is not None else ())
 
 
 FAMILY = Family(FAMILY_NAME, f"{CONFIG_FILE} and {WEIGHTS_FILE}", recognises, open_folder)
@@ -77,20 +81,8 @@ def _check_shapes(tensors: Mapping[str, Tensor], spec: SaeSpec, path: Path) -> N
             wanted |= {"b_gate": features, "b_mag": features, "r_mag": features}
         case _:
             wanted |= {"b_enc": features}
-    missing = sorted(wanted.keys() - tensors.keys())
-    if missing:
-        raise CheckpointError(
-            f"{path} lacks {', '.join(missing)}, which {spec.architecture!r} needs. "
-            f"It holds {', '.join(sorted(tensors))}."
-        )
-    for name in sorted({*wanted, "threshold", "log_threshold"} & tensors.keys()):
-        shape = list(tensors[name].shape)
-        if shape != wanted.get(name, features):
-            raise CheckpointError(
-                f"{path}: {name} has the shape {shape}, and by {CONFIG_FILE} it should be {wanted.get(name, features)}."
-            )
-        if tensors[name].dtype not in _DTYPES:
-            raise UnsupportedCheckpoint(f"{path}: {name} is stored as {tensors[name].dtype}, which is not read here.")
+    wanted |= {name: features for name in ("threshold", "log_threshold") if name in tensors}
+    check_tensors(tensors, wanted, path, needed_by=repr(spec.architecture), source=CONFIG_FILE)
 
 
 def _threshold(tensors: Mapping[str, Tensor], spec: SaeSpec, path: Path) -> tuple[Tensor | None, tuple[str, ...]]:
@@ -105,6 +97,18 @@ def _threshold(tensors: Mapping[str, Tensor], spec: SaeSpec, path: Path) -> tupl
             raise CheckpointError(f"{path} holds both threshold and log_threshold; remove the one that is not meant.")
         case _:
             raise CheckpointError(f"{path} lacks threshold, which {spec.architecture!r} needs.")
+
+
+def _scale(folder: Path) -> float | None:
+    """The factor by which the input is scaled, which sae-lens writes beside what it saves while training."""
+    if not (folder / SCALER_FILE).is_file():
+        return None
+    scaler = Settings(read_json(folder / SCALER_FILE), folder / SCALER_FILE)
+    if scaler.values.get("scaling_factor") is None:
+        return None
+    if scaler.number("scaling_factor") <= 0:
+        raise scaler.bad("scaling_factor", "a positive number")
+    return scaler.number("scaling_factor")
 
 
 def _check_scaling_factor(tensors: Mapping[str, Tensor], path: Path) -> tuple[str, ...]:

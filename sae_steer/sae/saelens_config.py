@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sae_steer.errors import SiteError
+from sae_steer.sae.hook_points import place_of_module
+from sae_steer.sae.lens_hooks import lens_site
 from sae_steer.sae.record import DECODER_NORM_UNITS, RAW_UNITS, Activation, InputNorm, SaeSpec
 from sae_steer.sae.settings import Settings
 from sae_steer.sites import Kind, Site
@@ -32,12 +34,15 @@ _NORMS = {
     "layer_norm": InputNorm.LAYER_NORM,
     "constant_norm_rescale": InputNorm.NORM_RESCALE,
 }
+SCALED = "expected_average_only_in"
 _REFUSED_NORMS = {
-    "expected_average_only_in": "its factor is not in the file; sae-lens' fold_activation_norm_scaling_factor folds it",
+    SCALED: "its factor is not in the files; sae-lens' fold_activation_norm_scaling_factor folds it",
     "covariance_whitening": "its matrices are not in the file; sae-lens' fold_activation_whitening folds them",
 }
 # What `metadata` is read for; the rest of it belongs to training.
 _METADATA = {
+    "hf_hook_name",
+    "hf_hook_name_out",
     "hook_head_index",
     "hook_head_index_out",
     "hook_name",
@@ -53,12 +58,13 @@ _REWRITES = {
 }
 
 
-def parse_config(raw: Mapping[str, object], path: Path) -> SaeSpec:
+def parse_config(raw: Mapping[str, object], path: Path, scaled: bool = False) -> SaeSpec:
     """Reads a configuration of any version.
 
     Args:
         raw: The JSON object.
         path: Where it came from, for messages.
+        scaled: Whether the factor of ``expected_average_only_in`` is known, and folded.
 
     Returns:
         The spec, with the dtype that the configuration claims.
@@ -79,6 +85,8 @@ def parse_config(raw: Mapping[str, object], path: Path) -> SaeSpec:
     if transcoder and subtracts:
         raise config.refusal("apply_b_dec_to_input", "a transcoder's decoder bias lives at its output")
     site, notes = _site(config, transcoder)
+    if scaled and not transcoder:
+        config = Settings({**config.values, "normalize_activations": None}, path)
     norm, more = _input_norm(config, site, transcoder)
     notes += more
     if subtracts:
@@ -102,6 +110,7 @@ def parse_config(raw: Mapping[str, object], path: Path) -> SaeSpec:
         dtype=(config.text("dtype") or "float32").removeprefix("torch."),
         value_convention=DECODER_NORM_UNITS if decoder_norm_units else RAW_UNITS,
         notes=notes,
+        skip="skip" in architecture,
     )
 
 
@@ -151,17 +160,16 @@ def _site(config: Settings, transcoder: bool) -> tuple[Site | None, tuple[str, .
     reshape = config.text("reshape_activations") or "none"
     if reshape != "none" and not (reshape == "hook_z" and (hook is None or hook.endswith("hook_z"))):
         raise config.refusal("reshape_activations", "known are none, and hook_z for an SAE of attn.hook_z")
-    if hook is None or (transcoder and out is None):
-        return None, ("the file does not say where the SAE belongs: name its site",)
-    if hook.endswith("hook_normalized"):
-        return None, (
-            f"{hook} is taken before the norm's gain, which a model here has already applied: name the site only "
-            "where that gain is 1, or was folded into W_enc",
-        )
+    site, notes = lens_site(hook if out is not None or not transcoder else None, out)
+    path, path_out = config.text("hf_hook_name"), config.text("hf_hook_name_out") if transcoder else None
+    if site is not None or path is None or (transcoder and path_out is None):
+        return site, notes
+    # Where TransformerLens has no plain name for it, the module's path may be plain.
     try:
-        return Site.from_transformer_lens(hook, out), ()
-    except SiteError as error:
-        return None, (f"{error.message} Name the site.",)
+        read = place_of_module(path)
+        return Site(read, place_of_module(path_out) if path_out is not None else read), ()
+    except SiteError:
+        return None, notes
 
 
 def _input_norm(config: Settings, site: Site | None, transcoder: bool) -> tuple[InputNorm, tuple[str, ...]]:

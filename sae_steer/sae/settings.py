@@ -1,5 +1,6 @@
 """Typed access to the settings in a checkpoint's configuration file."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,13 @@ class Settings:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.bad(key, "a whole number of at least 1")
         return value
+
+    def number(self, key: str) -> float:
+        """A finite number, which must be there."""
+        value = self.values.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.bad(key, "a finite number")
+        return float(value)
 
     def table(self, key: str) -> Mapping[str, object]:
         """An object; empty where it is absent or null."""

@@ -7,6 +7,8 @@ import typer
 
 import sae_steer
 from sae_steer.schema import steering_json_schema
+from sae_steer_cli.convert import CONVERT_HELP, convert
+from sae_steer_cli.inspect_sae import INSPECT_HELP, inspect
 from sae_steer_cli.selftest import SELFTEST_HELP, selftest
 from sae_steer_cli.serve import SERVE_HELP, serve
 from sae_steer_cli.vllm_args import VLLM_ARGS_HELP, vllm_args
@@ -32,6 +34,8 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 app.command(help=SERVE_HELP)(serve)
 app.command("vllm-args", help=VLLM_ARGS_HELP)(vllm_args)
 app.command(help=SELFTEST_HELP)(selftest)
+app.command(help=INSPECT_HELP)(inspect)
+app.command(help=CONVERT_HELP)(convert)
 
 
 @app.command()

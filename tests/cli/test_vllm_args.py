@@ -142,7 +142,7 @@ def test_a_profile_that_skips_the_beginning_is_left_to_the_model(tmp_path: Path)
         (None, "cannot be read"),
         ("{", "is not JSON"),
         ({"colour": 1}, "colour"),
-        ({"saes": [{"name": "a", "location": "/nowhere/at/all"}]}, "There is no folder /nowhere/at/all"),
+        ({"saes": [{"name": "a", "location": "/nowhere/at/all"}]}, "There is no folder or file /nowhere/at/all"),
         ({"saes": [CONFIG["saes"][0], CONFIG["saes"][0]]}, "Two SAEs are called 'embedded'"),
         ({"saes": [CONFIG["saes"][0] | {"site": "resid_post.x"}]}, "resid_post.x"),
         ({"vectors": [{"name": "v", "location": "/nowhere.safetensors"}]}, "/nowhere.safetensors"),

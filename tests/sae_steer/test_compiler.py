@@ -224,6 +224,14 @@ def test_the_lower_of_two_dose_limits_holds(asked: float | None, held: float, li
     assert compiled.on_dose == ("scale" if asked is not None else "fail")
 
 
+def test_dropping_the_error_of_a_skip_transcoder_is_refused(tmp_path: Path) -> None:
+    write_saelens(tmp_path / "sk", architecture="skip_transcoder")
+    catalog = Catalog([CatalogSae.make("sk", open_sae(tmp_path / "sk"), whole=True)])
+    error = refused(steering(edit(sae="sk"), error="drop"), catalog, sites=(catalog.sae("sk").site,))
+    assert (error.code, error.param) == ("unsupported", "steering.error")
+    assert "W_skip" in error.message
+
+
 def test_dropping_the_error_of_nothing_is_refused(catalog: Catalog) -> None:
     assert refused({"error": "drop"}, catalog).param == "steering.error"
 

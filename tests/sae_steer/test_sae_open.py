@@ -10,6 +10,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from sae_steer.errors import CheckpointError, UnsafeCheckpoint, UnsupportedCheckpoint
 from sae_steer.sae import hub, open_sae, saelens
+from sae_steer.sae.location import Location
 from sae_steer.sae.open import FAMILIES
 from sae_steer.sae.registry import Registry
 from tests.sae_files import write_saelens
@@ -30,9 +31,9 @@ def test_a_local_folder_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_no_family(tmp_path: Path) -> None:
     (tmp_path / "readme.md").write_text("nothing")
-    with pytest.raises(UnsupportedCheckpoint, match=r"Looked for saelens: cfg.json and sae_weights.safetensors"):
+    with pytest.raises(UnsupportedCheckpoint, match=r"Looked for .*saelens: cfg.json and sae_weights.safetensors"):
         open_sae(tmp_path)
-    with pytest.raises(UnsupportedCheckpoint, match=r"no checkpoint family 'mystery'\. Families: saelens"):
+    with pytest.raises(UnsupportedCheckpoint, match=r"no checkpoint family 'mystery'\. Families: .*saelens"):
         open_sae(tmp_path, family="mystery")
     with pytest.raises(CheckpointError, match=r"cfg\.json"):
         open_sae(tmp_path, family="saelens")
@@ -53,14 +54,15 @@ def test_a_pickle_is_called_one_before_an_unknown_folder(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("location", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all", Path("a/b")])
 def test_a_missing_folder(location: str | Path) -> None:
-    with pytest.raises(CheckpointError, match="There is no folder"):
+    with pytest.raises(CheckpointError, match="There is no folder or file"):
         open_sae(location)
 
 
-def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
+def test_the_weights_file_stands_for_its_folder(tmp_path: Path) -> None:
     write_saelens(tmp_path)
-    with pytest.raises(CheckpointError, match="is a file"):
-        open_sae(tmp_path / "sae_weights.safetensors")
+    assert open_sae(tmp_path / "sae_weights.safetensors").fingerprint == open_sae(tmp_path).fingerprint
+    with pytest.raises(CheckpointError, match=r"cfg\.json is no weights file.*\.safetensors"):
+        open_sae(tmp_path / "cfg.json")
     with pytest.raises(CheckpointError, match="no revisions"):
         open_sae(tmp_path, revision="main")
 
@@ -79,7 +81,7 @@ def test_two_families_that_both_recognise_a_folder(tmp_path: Path) -> None:
     registry.add(saelens.FAMILY)
     registry.add(replace(saelens.FAMILY, name="twin"))
     with pytest.raises(UnsupportedCheckpoint, match="saelens and twin"):
-        registry.sniff(tmp_path)
+        registry.sniff(Location(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_two_families_that_both_recognise_a_folder(tmp_path: Path) -> None:
     ["name", "org/repo/../../etc", "org/repo//x", "org/repo/./x", "org/repo@", "a b/c", "org/repo/x@y z", ""],
 )
 def test_what_is_no_place_on_the_hub(location: str) -> None:
-    with pytest.raises(CheckpointError, match="neither a folder here nor a place"):
+    with pytest.raises(CheckpointError, match="neither here nor a place"):
         hub.download(location)
 
 
@@ -131,6 +133,52 @@ def test_download_fetches_one_folder(
     assert set(fetched) == wanted
 
 
+REPOSITORY = {
+    "README.md",
+    "config.json",
+    "training.json",
+    "a/layers.3/cfg.json",
+    "a/layers.3/sae.safetensors",
+    "a/layers.3/optimizer.pt",
+    "a/layers.3/deeper/cfg.json",
+    "a/config.json",
+    "a/other.json",
+    "a/layers.4/sae.safetensors",
+    "pt/config.json",
+    "pt/run/ae.pt",
+    "pt/run/conf.yaml",
+    "pt/run/ae_2.pt",
+}
+
+
+@pytest.mark.parametrize(
+    ("location", "fetched"),
+    [
+        ("a/layers.3", {"a/layers.3/cfg.json", "a/layers.3/sae.safetensors", "a/config.json", "config.json"}),
+        ("pt/run", {"pt/run/ae.pt", "pt/run/ae_2.pt", "pt/run/conf.yaml", "pt/config.json", "config.json"}),
+        ("pt/run/ae_2.pt", {"pt/run/ae_2.pt", "pt/run/conf.yaml", "pt/config.json", "config.json"}),
+    ],
+)
+def test_what_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str, fetched: set[str]) -> None:
+    def snapshot_download(
+        repo: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]
+    ) -> str:
+        for name in filter_repo_objects(REPOSITORY, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    assert hub.download(f"org/repo/{location}") == tmp_path / location
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == fetched
+
+
+def test_a_file_that_the_repository_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "snapshot_download", lambda repo, **_: str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"has no file 'a/ae\.pt'"):
+        hub.download("org/repo/a/ae.pt")
+
+
 def test_one_revision_only() -> None:
     with pytest.raises(CheckpointError, match="Give one"):
         hub.download("org/repo@main", "v2")
@@ -138,7 +186,7 @@ def test_one_revision_only() -> None:
 
 def test_a_folder_that_the_repository_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "snapshot_download", lambda repo, **_: str(tmp_path))
-    with pytest.raises(CheckpointError, match="holds no safetensors or JSON in 'layer_9'"):
+    with pytest.raises(CheckpointError, match=r"holds no weights \(.*in 'layer_9'"):
         hub.download("org/repo/layer_9")
 
 

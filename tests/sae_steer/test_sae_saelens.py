@@ -167,6 +167,79 @@ def test_topk_in_units_of_decoder_norms(tmp_path: Path) -> None:
         assert_forward(plain, literal, x)
 
 
+@pytest.mark.parametrize("architecture", SAES)
+def test_the_input_scaling_that_training_checkpoints_keep_beside(tmp_path: Path, architecture: str) -> None:
+    write_saelens(tmp_path, architecture=architecture, normalize_activations="expected_average_only_in")
+    (tmp_path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": 0.25}))
+    sae, x = open_sae(tmp_path), tokens(16)
+    literal = literal_encode(sae.raw(), x * 0.25, architecture, a=1, k=4)
+    assert_forward(sae, literal, x)
+    decoded = literal @ sae.raw()["W_dec"] / 0.25 + sae.raw()["b_dec"] / 0.25
+    rows = sae.rows(range(32))
+    found = canonical_encode(sae.spec, rows, x) @ rows.dec.double() + sae.decoder_bias()
+    torch.testing.assert_close(found, decoded, rtol=1e-5, atol=1e-5)
+    assert any("scaled by 0.25" in note for note in sae.spec.notes)
+    with pytest.raises(AssertionError):
+        assert_forward(sae, literal_encode(sae.raw(), x, architecture, a=1, k=4), x)
+    (tmp_path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": 0.5}))
+    assert open_sae(tmp_path).fingerprint != sae.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("scaler", "message"),
+    [
+        ({"scaling_factor": None}, "factor is not in the files"),
+        ({}, "factor is not in the files"),
+        ({"scaling_factor": 0.0}, "scaling_factor is 0.0; needed is a positive number"),
+        ({"scaling_factor": "1"}, "scaling_factor is '1'"),
+    ],
+)
+def test_an_input_scaling_that_is_not_said(tmp_path: Path, scaler: dict, message: str) -> None:
+    write_saelens(tmp_path, normalize_activations="expected_average_only_in")
+    (tmp_path / "activation_scaler.json").write_text(json.dumps(scaler))
+    with pytest.raises(CheckpointError, match=message):
+        open_sae(tmp_path)
+
+
+def test_a_transcoder_with_an_input_scaling_is_refused(tmp_path: Path) -> None:
+    write_saelens(tmp_path, architecture="transcoder", normalize_activations="expected_average_only_in")
+    (tmp_path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": 0.5}))
+    with pytest.raises(CheckpointError, match="normalize_activations is 'expected_average_only_in', which is refused"):
+        open_sae(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "site"),
+    [
+        ({"hook_name": "odd", "hf_hook_name": "model.layers.4"}, "resid_post.4"),
+        ({"hf_hook_name": "model.layers.4.self_attn.o_proj.input"}, "z.4"),
+        ({"hook_name": "blocks.3.hook_resid_post", "hf_hook_name": "model.layers.4"}, "resid_post.3"),
+        ({"hook_name": "odd", "hf_hook_name": "model.norm"}, "None"),
+    ],
+)
+def test_module_paths_where_hook_names_do_not_tell(tmp_path: Path, metadata: dict, site: str) -> None:
+    write_saelens(tmp_path, cfg={"metadata": metadata})
+    assert str(open_sae(tmp_path).spec.site) == site
+
+
+def test_a_transcoder_by_module_paths(tmp_path: Path) -> None:
+    paths = [f"model.layers.4.{side}_feedforward_layernorm.output" for side in ("pre", "post")]
+    metadata = {
+        "hook_name": "blocks.4.ln2.hook_normalized",
+        "hook_name_out": "blocks.4.hook_mlp_out",
+        "hf_hook_name": paths[0],
+        "hf_hook_name_out": paths[1],
+    }
+    write_saelens(tmp_path, architecture="jumprelu_transcoder", cfg={"metadata": metadata})
+    assert str(open_sae(tmp_path).spec.site) == "mlp_in.4->mlp_out.4"
+
+
+def test_a_skip_connection_cannot_be_dropped_with_the_error(tmp_path: Path) -> None:
+    write_saelens(tmp_path / "a", architecture="skip_transcoder")
+    write_saelens(tmp_path / "b", architecture="transcoder")
+    assert (open_sae(tmp_path / "a").spec.skip, open_sae(tmp_path / "b").spec.skip) == (True, False)
+
+
 def test_topk_row_of_zeros_in_units_of_decoder_norms(tmp_path: Path) -> None:
     dec = torch.randn(32, 16)
     dec[3] = 0
@@ -366,8 +439,8 @@ def test_sites(tmp_path: Path, hook: str, site: str) -> None:
     [
         ({"hook_name": "hook_embed"}, "hook_embed"),
         ({"architecture": "transcoder", "hook_name": "blocks.2.ln2.hook_normalized"}, "before the norm's gain"),
-        ({"architecture": "transcoder", "hook_name_out": None}, "does not say"),
-        ({"cfg": {"metadata": {}}}, "does not say"),
+        ({"architecture": "transcoder", "hook_name_out": None}, "do not say"),
+        ({"cfg": {"metadata": {}}}, "do not say"),
     ],
 )
 def test_a_site_that_cannot_be_told_is_left_to_the_user(tmp_path: Path, arguments: dict, note: str) -> None:
