@@ -28,6 +28,7 @@ Every error carries a stable ``code`` (for programs), a message (for people: wha
 ``param`` at fault as a JSON path into the request body, where there is one.
 """
 
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -200,3 +201,16 @@ class UnsupportedCheckpoint(CheckpointError):
     """A checkpoint whose forward is not one that is computed exactly here."""
 
     code = "unsupported_checkpoint"
+
+
+class CompressedCheckpoint(UnsupportedCheckpoint):
+    """An archive from which single rows cannot be read.
+
+    Args:
+        message: What to do instead.
+        path: The archive.
+    """
+
+    def __init__(self, message: str, path: Path) -> None:
+        super().__init__(message)
+        self.path = path

@@ -13,7 +13,7 @@ import torch
 from numpy.lib import format as npy
 from torch import Tensor
 
-from sae_steer.errors import CheckpointError, UnsafeCheckpoint, UnsupportedCheckpoint
+from sae_steer.errors import CheckpointError, CompressedCheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
 from sae_steer.sae.pickles import BROKEN_ARCHIVE
 
 _LOCAL_HEADER = 30  # bytes before an archive member's own name
@@ -30,7 +30,8 @@ def map_npz(path: Path, unpacked: Path | None = None) -> dict[str, Tensor]:
 
     Raises:
         UnsafeCheckpoint: An array of Python objects, which is a pickle.
-        UnsupportedCheckpoint: Compressed arrays, or a type that is not a number's.
+        CompressedCheckpoint: Compressed arrays.
+        UnsupportedCheckpoint: A type that is not a number's.
         CheckpointError: It is damaged or not there.
     """
     try:
@@ -41,9 +42,10 @@ def map_npz(path: Path, unpacked: Path | None = None) -> dict[str, Tensor]:
             if unpacked is not None:
                 return map_npz(_unpack(path, archive, members, unpacked))
             source, target = (shlex.quote(str(place)) for place in (path, path.with_suffix("")))
-            raise UnsupportedCheckpoint(
+            raise CompressedCheckpoint(
                 f"{path} is compressed, so single rows cannot be read from it. Convert it once, and name the result "
-                f"instead: sae-steer convert {source} {target}"
+                f"instead: sae-steer convert {source} {target}",
+                path,
             )
     except (OSError, *BROKEN_ARCHIVE) as error:
         raise CheckpointError(f"{path} is not a readable npz file: {error}") from error

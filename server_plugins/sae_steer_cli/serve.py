@@ -57,6 +57,20 @@ def serve(
             help='Hold this SAE\'s whole dictionary in memory: for TopK SAEs, and for "error": "drop". Repeatable.',
         ),
     ] = None,
+    topk_threshold: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Compute this TopK SAE by the threshold that its files store: no whole dictionary, and not exact. "
+            "Repeatable.",
+        ),
+    ] = None,
+    convert_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Convert SAEs from which single rows cannot be read (compressed .npz), once, into here."
+        ),
+    ] = None,
     vector: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=FILE.safetensors", help="A plain direction and its name in requests. Repeatable."),
@@ -126,6 +140,8 @@ def serve(
             model=model,
             saes=tuple(SaeSource.parse(text) for text in sae or ()),
             whole=frozenset(whole or ()),
+            thresholds=frozenset(topk_threshold or ()),
+            convert_cache=convert_cache,
             vectors=tuple(VectorSource.parse(text) for text in vector or ()),
             sites=tuple(Site.parse(text) for text in site or ()),
             profiles=profiles,

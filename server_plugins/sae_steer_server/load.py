@@ -15,7 +15,7 @@ from sae_steer.capabilities import TRANSFORMERS
 from sae_steer.catalog import Catalog, CatalogSae, Vector
 from sae_steer.errors import StartError
 from sae_steer.runtime import Runtime
-from sae_steer.sae import open_sae
+from sae_steer.sae.cached import open_served
 from sae_steer_http.service import SteeringService
 from sae_steer_http.steering import check_profiles
 from sae_steer_server.engine.engine import Engine
@@ -110,13 +110,19 @@ def load(settings: Settings) -> ServerState:
 
 def load_catalog(settings: Settings) -> Catalog:
     """Opens the SAEs and vectors; raises :class:`StartError`."""
-    unknown = sorted(settings.whole - {source.name for source in settings.saes})
-    if unknown:
-        raise StartError(f"--whole {unknown[0]}: there is no such SAE. Name it with --sae {unknown[0]}=LOCATION.")
+    names = {source.name for source in settings.saes}
+    for option, named in (("--whole", settings.whole), ("--topk-threshold", settings.thresholds)):
+        if unknown := sorted(named - names):
+            raise StartError(f"{option} {unknown[0]}: there is no such SAE. Name it with --sae {unknown[0]}=LOCATION.")
     saes: list[CatalogSae] = []
     for source in settings.saes:
         _log.info("opening an SAE", name=source.name, location=source.location)
-        sae = open_sae(source.location, revision=source.revision)
+        sae = open_served(
+            source.location,
+            revision=source.revision,
+            topk="threshold" if source.name in settings.thresholds else "exact",
+            cache=settings.convert_cache,
+        )
         saes.append(CatalogSae.make(source.name, sae, site=source.site, whole=source.name in settings.whole))
     vectors = [Vector.load(source.name, source.path) for source in settings.vectors]
     if settings.profiles is not None and not settings.profiles.is_dir():

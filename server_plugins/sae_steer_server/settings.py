@@ -90,6 +90,8 @@ class Settings:
         model: A folder or a hub id.
         saes: The SAEs.
         whole: Names of SAEs whose whole dictionary is held in memory.
+        thresholds: Names of TopK SAEs that are computed by the threshold that their files store.
+        convert_cache: Folder of SAEs that had to be converted; None = such SAEs are refused.
         vectors: The plain vectors.
         sites: Places to hook beside those of the SAEs, for vectors.
         profiles: Folder of profiles; None = there are none.
@@ -114,6 +116,8 @@ class Settings:
     model: str
     saes: tuple[SaeSource, ...] = ()
     whole: frozenset[str] = frozenset()
+    thresholds: frozenset[str] = frozenset()
+    convert_cache: Path | None = None
     vectors: tuple[VectorSource, ...] = ()
     sites: tuple[Site, ...] = ()
     profiles: Path | None = None

@@ -9,14 +9,14 @@ import math
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sae_steer.catalog import Catalog, CatalogSae, Vector
 from sae_steer.errors import RequestError, SiteError, StartError
 from sae_steer.limits import Limits
-from sae_steer.sae import open_sae
+from sae_steer.sae.cached import open_served
 from sae_steer.schema import Name
 from sae_steer.sites import Site
 from sae_steer.strict_json import loads
@@ -36,6 +36,10 @@ class SaeEntry(_Closed):
     revision: str | None = None
     site: Annotated[str | None, Field(description="Overrides the site that its files state.")] = None
     whole: Annotated[bool, Field(description="Hold the whole dictionary: for TopK, and to drop the error.")] = False
+    topk: Annotated[
+        Literal["exact", "threshold"],
+        Field(description="`threshold` = by the threshold that the files store: no whole dictionary, and not exact."),
+    ] = "exact"
 
 
 class VectorEntry(_Closed):
@@ -78,6 +82,9 @@ class PluginConfig(_Closed):
     vectors: list[VectorEntry] = []
     sites: Annotated[list[str], Field(description="Places to hook beside those of the SAEs, for vectors.")] = []
     profiles: Annotated[str | None, Field(description="Folder of stored profiles.")] = None
+    convert_cache: Annotated[
+        str | None, Field(description="Folder for SAEs that must be converted first (compressed .npz), each once.")
+    ] = None
     limits: LimitsEntry = LimitsEntry()
     allow_untested_vllm: Annotated[
         bool, Field(description="Start with a version of vLLM that the plugin was not tried with.")
@@ -154,8 +161,9 @@ def _validate(value: Any, where: str) -> PluginConfig:
 def _catalog(text: str) -> Catalog:
     config = PluginConfig.model_validate_json(text)
     saes: list[CatalogSae] = []
+    cache = Path(config.convert_cache) if config.convert_cache is not None else None
     for entry in config.saes:
-        sae = open_sae(entry.location, revision=entry.revision)
+        sae = open_served(entry.location, revision=entry.revision, topk=entry.topk, cache=cache)
         site = Site.parse(entry.site) if entry.site is not None else None
         saes.append(CatalogSae.make(entry.name, sae, site=site, whole=entry.whole))
     vectors = [Vector.load(entry.name, Path(entry.location)) for entry in config.vectors]

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TokenizersBackend
 
 from sae_steer.capabilities import TRANSFORMERS
-from sae_steer.catalog import Catalog, Vector
+from sae_steer.catalog import Catalog, CatalogSae, Vector
 from sae_steer.compiler import compile_program
 from sae_steer.limits import Limits
 from sae_steer.program import Program
@@ -144,12 +144,13 @@ async def serving(
     slots: int = 4,
     max_running: int = 32,
     max_model_len: int = 256,
+    saes: Sequence[CatalogSae] = (),
     **engine: Any,
 ) -> AsyncIterator[Host]:
     model = model or tiny_model()
     generator = torch.Generator().manual_seed(3)
     push = torch.randn(model.config.hidden_size, generator=generator)
-    catalog = Catalog([], [Vector.make("push", push)])
+    catalog = Catalog(saes, [Vector.make("push", push)])
     limits = Limits(max_programs=slots, rows=2, wide_programs=0)
     runtime = Runtime.attach(model, catalog, limits=limits, sites=[Site.parse(SITE)])
     made = Engine(

@@ -19,8 +19,9 @@ import pytest
 from sae_steer.errors import StartError
 from sae_steer.sites import Site
 from sae_steer_server import load as load_module
-from sae_steer_server.load import load, with_demo
+from sae_steer_server.load import load, load_catalog, with_demo
 from sae_steer_server.settings import SaeSource, Settings, VectorSource
+from tests.sae_writers.gemma import write_scope
 
 COMMAND = [sys.executable, "-m", "sae_steer_cli"]
 # Wide, so that the help is not broken up; plain, so that words can be found in it.
@@ -101,6 +102,7 @@ def test_a_start_that_cannot_be_is_one_line(arguments: list[str], message: str) 
         ({"model": "nowhere/at/all/model"}, "nowhere/at/all/model"),
         ({"saes": (SaeSource("a", "./nothing-here"),)}, "nothing-here"),
         ({"saes": (), "whole": frozenset("a")}, "--whole a"),
+        ({"saes": (), "thresholds": frozenset("a")}, "--topk-threshold a"),
         ({"vectors": (VectorSource("a", Path("nothing.safetensors")),)}, "nothing.safetensors"),
         ({"device": "quantum"}, "quantum"),
         ({"max_model_len": 513}, "513"),
@@ -236,3 +238,14 @@ def test_a_signal_ends_a_running_stream_with_an_error(model_folder: Path) -> Non
             rest = [line for line in lines if line]
         assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "engine_down"
         assert running.process.wait(60) == 0
+
+
+def test_a_compressed_sae_is_served_by_its_conversion(base_settings: Settings, tmp_path: Path) -> None:
+    path = write_scope(tmp_path / "scope", d_in=192, compressed=True)
+    source = SaeSource("scope", str(path), None, Site.parse("resid_post.1"))
+    settings = replace(base_settings, saes=(source,))
+    with pytest.raises(StartError, match="sae-steer convert"):
+        load_catalog(settings)
+    (tmp_path / "cache").mkdir()
+    catalog = load_catalog(replace(settings, convert_cache=tmp_path / "cache"))
+    assert catalog.sae("scope").sae.spec.family == "canonical"

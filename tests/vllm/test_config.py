@@ -20,6 +20,7 @@ from sae_steer_vllm.config import KEY, PluginConfig, catalog_of, config_of, dige
 from sae_steer_vllm.offline import additional_config
 from tests.sae_files import write_saelens
 from tests.sae_steer.helpers import Json, edit
+from tests.sae_writers.gemma import write_scope
 
 
 @pytest.fixture
@@ -58,6 +59,25 @@ def test_an_empty_object_is_a_configuration() -> None:
     catalog = catalog_of(config)
     assert not catalog.saes
     assert not catalog.vectors
+
+
+def test_a_compressed_sae_is_converted_once(tmp_path: Path) -> None:
+    path = write_scope(tmp_path / "scope", compressed=True)
+    (tmp_path / "cache").mkdir()
+    entry = {"name": "scope", "location": str(path), "site": "resid_post.1"}
+    with pytest.raises(StartError, match="sae-steer convert"):
+        catalog_of(PluginConfig.model_validate({"saes": [entry]}))
+    config = PluginConfig.model_validate({"saes": [entry], "convert_cache": str(tmp_path / "cache")})
+    assert catalog_of(config).sae("scope").sae.spec.family == "canonical"
+    with pytest.raises(StartError, match="a threshold was asked for"):
+        catalog_of(
+            PluginConfig.model_validate(
+                {
+                    "saes": [entry | {"location": str(path.parent), "topk": "threshold"}],
+                    "convert_cache": str(tmp_path / "cache"),
+                }
+            )
+        )
 
 
 def test_everything_that_can_be_said(sae: Path, tmp_path: Path) -> None:
