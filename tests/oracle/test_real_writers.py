@@ -5,9 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from sae_steer.errors import UnsupportedCheckpoint
+from sae_steer.reference import encode
 from sae_steer.sae import Sae, open_sae
 from tests.sae_forward import assert_forward
 
@@ -43,6 +45,21 @@ def test_known_disagreements_with_sae_lens() -> None:
     found = json.loads((ROOT / "sae_lens.json").read_text())
     assert found["sparsify"] != "loaded", "its num_latents of 0 is taken at its word, and W_dec turned round"
     assert found["scaling"] == "left out", "load_from_disk does not fold the factor of expected_average_only_in"
+
+
+def test_an_unknown_class_is_refused_where_sae_lens_takes_it_for_relu() -> None:
+    found = json.loads((ROOT / "sae_lens.json").read_text())
+    assert found["unknown dict_class"] == "standard, without threshold"
+    with pytest.raises(UnsupportedCheckpoint, match="ClassOfTomorrow"):
+        open_sae(ROOT / "unknown_class" / "sae")
+
+
+def test_llama_scope_counts_the_decoder_norms_that_sae_lens_leaves_out() -> None:
+    found = json.loads((ROOT / "sae_lens.json").read_text())
+    assert found["llama scope"] == "decoder norms left out"
+    sae, expected = open_sae(ROOT / "llama_scope" / "sae"), load_file(ROOT / "llama_scope" / "gates.safetensors")
+    gates = torch.stack([encode(sae, token) > 0 for token in expected["x"]])
+    assert torch.equal(gates, expected["gate"])
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -5,7 +5,7 @@
 runs where sae-lens, eai-sparsify and dictionary-learning are installed, which none of ours needs (``make oracle``).
 Each case is a folder of FOLDER; beside the files of the library it has ``oracle.safetensors``: tokens ``x [T, D]``, and
 what the library's own classes make of them in float64, activations ``f [T, F]`` and their decoding ``y [T, D_out]``.
-What sae-lens makes of two of them is in ``sae_lens.json``: it reads them otherwise than those who wrote them.
+What sae-lens makes of some is in ``sae_lens.json``: it reads them otherwise than those who wrote them.
 """
 
 # pyright: reportMissingImports=false
@@ -219,7 +219,58 @@ def by_sae_lens(root: Path) -> dict[str, str]:
     unscaled = sae_lens.SAE.load_from_disk(root / "sae-lens-scaled").to(torch.float64)
     same = torch.allclose(unscaled.encode(expected["x"]), expected["f"], rtol=1e-3, atol=1e-3)
     found["scaling"] = "applied" if same else "left out"
+    return found | _by_its_hub_loaders(root)
+
+
+def _by_its_hub_loaders(root: Path) -> dict[str, str]:
+    """What sae-lens' loaders of two families make of folders here, which they take for repositories of the hub."""
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    def from_disk(repo_id: str, filename: str, subfolder: str = "", force_download: bool = False) -> str:
+        return str(Path(repo_id) / subfolder / filename)
+
+    loaders.hf_hub_download = from_disk
+    found = {}
+    known, unknown = root / "dictionary_learning-MatryoshkaBatchTopKSAE", root / "unknown_class" / "sae"
+    unknown.mkdir(parents=True)
+    config = json.loads((known / "config.json").read_text())
+    config["trainer"]["dict_class"] = "ClassOfTomorrow"
+    (unknown / "config.json").write_text(json.dumps(config))
+    (unknown / "ae.pt").write_bytes((known / "ae.pt").read_bytes())
+    read, state, _ = loaders.dictionary_learning_sae_huggingface_loader_1(str(unknown.parent), unknown.name)
+    found["unknown dict_class"] = f"{read['architecture']}, {'with' if 'threshold' in state else 'without'} threshold"
+    x, gate = _llama_scope(root / "llama_scope" / "sae")
+    _, state, _ = loaders.llama_scope_sae_huggingface_loader(
+        str(root / "llama_scope"), "sae", cfg_overrides={"dtype": "float32"}
+    )
+    theirs = x.float() @ state["W_enc"] + state["b_enc"] > state["threshold"]
+    found["llama scope"] = "decoder norms counted" if torch.equal(theirs, gate) else "decoder norms left out"
     return found
+
+
+def _llama_scope(folder: Path) -> tuple[Tensor, Tensor]:
+    """A Llama Scope checkpoint as its authors write it; tokens, and which features their code takes for active."""
+    threshold = 0.5
+    settings = {
+        "hook_point_in": "blocks.2.hook_resid_post", "hook_point_out": "blocks.2.hook_resid_post",
+        "use_decoder_bias": True, "apply_decoder_bias_to_pre_encoder": False, "expansion_factor": F / D,
+        "d_model": D, "d_sae": F, "act_fn": "jumprelu", "jump_relu_threshold": threshold,
+        "norm_activation": "dataset-wise", "dataset_average_activation_norm": {"in": D**0.5, "out": D**0.5},
+        "sparsity_include_decoder_norm": True, "use_glu_encoder": False, "top_k": K, "lr": 1e-3,
+    }  # fmt: skip
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "hyperparams.json").write_text(json.dumps(settings))
+    values = {
+        "encoder.weight": torch.randn(F, D) * D**-0.5, "encoder.bias": torch.randn(F) * 0.3,
+        "decoder.weight": torch.randn(D, F) * torch.rand(F), "decoder.bias": torch.randn(D),
+    }  # fmt: skip
+    save_file(values, folder / "checkpoints" / "final.safetensors")
+    x = tokens()
+    wide = {name: value.double() for name, value in values.items()}
+    pre = x @ wide["encoder.weight"].T + wide["encoder.bias"]
+    gate = pre * wide["decoder.weight"].norm(dim=0) > threshold
+    save_file({"x": x, "gate": gate}, folder.parent / "gates.safetensors")
+    return x, gate
 
 
 def main(root: Path) -> None:
