@@ -168,10 +168,16 @@ PICKLES = ("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "mar
 EVALUATORS = {"eval", "exec", "builtins.eval", "builtins.exec"}
 
 
+def _is_only_the_error(node: ast.AST) -> bool:
+    """`from pickle import UnpicklingError`, which loads nothing."""
+    return isinstance(node, ast.ImportFrom) and [alias.name for alias in node.names] == ["UnpicklingError"]
+
+
 def _dangers(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Each place where a file could run code that came with the data."""
+    errors = {node.lineno for node in ast.walk(tree) if _is_only_the_error(node)}
     for name, line in _imported(tree):
-        if name.split(".")[0] in PICKLES:
+        if name.split(".")[0] in PICKLES and line not in errors:
             yield line, f"import {name}"
     # What torch.load is called here: `torch.load`, `t.load` after `import torch as t`, or an imported name.
     loaders = {"torch.load"}

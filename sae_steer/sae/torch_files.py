@@ -4,9 +4,11 @@ Two walls: the names that the file would import are read from its opcodes and he
 restricted reader (``weights_only``) loads it, which runs nothing else either.
 """
 
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NoReturn
 
 import torch
@@ -18,6 +20,11 @@ MAX_PICKLE_BYTES = 16 * 2**20  # the object graph alone; tensors are records of 
 _DEPTH = 2
 _STORAGES = ("BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short")
 _DTYPES = ("bfloat16", "float16", "float32", "float64", "int32", "int64")
+# What a damaged pickle makes torch's reader raise has no one class.
+_UNREADABLE = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError,
+    RuntimeError, TypeError, ValueError, UnpicklingError, struct.error,
+)  # fmt: skip
 ALLOWED_GLOBALS = frozenset(
     {"collections.OrderedDict", "torch.Size", "torch.device"}
     | {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"}
@@ -56,7 +63,7 @@ def map_torch(path: Path) -> Mapping[str, object]:
         )
     try:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # what a damaged pickle makes torch's reader raise has no one class
+    except _UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} is not a readable torch file: {reason}") from error
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):

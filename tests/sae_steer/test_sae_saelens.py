@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_steer.errors import CheckpointError, UnknownFeature
-from sae_steer.sae import Activation, FeatureRows, InputNorm, Sae, SaeSpec, open_sae
+from sae_steer.sae import Activation, FeatureRows, InputNorm, Sae, open_sae
 from tests.sae_files import DROP, SAELENS_ARCHITECTURES, write_saelens
+from tests.sae_forward import encode
 
 SAES = [name for name in SAELENS_ARCHITECTURES if not name.endswith("transcoder")]
 TRANSCODERS = [name for name in SAELENS_ARCHITECTURES if name.endswith("transcoder")]
@@ -59,38 +60,10 @@ def literal_encode(
     return pre.relu()
 
 
-def canonical_encode(spec: SaeSpec, rows: FeatureRows, x: Tensor) -> Tensor:
-    """Activations [T, K] from canonical rows, in float64; TopK needs all rows."""
-    dot = x @ rows.enc.double().T
-    mean, enc_sum = x.mean(-1, keepdim=True), rows.enc_sum.double()
-    match spec.input_norm:
-        case InputNorm.CENTER:
-            dot = dot - mean * enc_sum
-        case InputNorm.LAYER_NORM:
-            dot = (dot - mean * enc_sum) / (x.std(-1, keepdim=True) + 1e-5)
-        case InputNorm.NORM_RESCALE:
-            dot = dot * math.sqrt(spec.d_in) / x.norm(dim=-1, keepdim=True)
-    pre = dot + rows.bias.double()
-    match spec.activation:
-        case Activation.RELU:
-            return pre.relu()
-        case Activation.TANH_RELU:
-            return pre.relu().tanh()
-        case Activation.JUMPRELU:
-            return pre.relu() * (pre > rows.theta.double())
-        case Activation.GATED:
-            return (pre > 0) * (rows.mag_scale.double() * dot + rows.mag_bias.double()).relu()
-        case Activation.TOPK:
-            assert spec.k is not None
-            rank = (pre[:, None, :] > pre[:, :, None]).sum(-1)
-            return pre.relu() * (rank < spec.k)
-    raise AssertionError(spec.activation)
-
-
 def assert_forward(sae: Sae, literal: Tensor, x: Tensor) -> None:
     """Equal up to the one rounding to float32, except where a gate is within that rounding of its edge."""
     spec = sae.spec
-    found = canonical_encode(spec, sae.rows(range(spec.n_features)), x)
+    found = encode(spec, sae.rows(range(spec.n_features)), x)
     assert literal.count_nonzero() > 0
     torch.testing.assert_close(found, literal, rtol=1e-5, atol=1e-5)
 
@@ -155,7 +128,7 @@ def test_topk_in_units_of_decoder_norms(tmp_path: Path) -> None:
     literal = torch.zeros_like(pre).scatter(-1, best.indices, best.values.relu())
     assert_forward(sae, literal, x)
     rows = sae.rows(range(32))
-    decoded = canonical_encode(sae.spec, rows, x) @ rows.dec.double()
+    decoded = encode(sae.spec, rows, x) @ rows.dec.double()
     torch.testing.assert_close(decoded, (literal / norm) @ raw["W_dec"], rtol=1e-5, atol=1e-5)
     assert sae.spec.value_convention == "decoder_norm"
 
@@ -176,7 +149,7 @@ def test_the_input_scaling_that_training_checkpoints_keep_beside(tmp_path: Path,
     assert_forward(sae, literal, x)
     decoded = literal @ sae.raw()["W_dec"] / 0.25 + sae.raw()["b_dec"] / 0.25
     rows = sae.rows(range(32))
-    found = canonical_encode(sae.spec, rows, x) @ rows.dec.double() + sae.decoder_bias()
+    found = encode(sae.spec, rows, x) @ rows.dec.double() + sae.decoder_bias()
     torch.testing.assert_close(found, decoded, rtol=1e-5, atol=1e-5)
     assert any("scaled by 0.25" in note for note in sae.spec.notes)
     with pytest.raises(AssertionError):
@@ -269,7 +242,7 @@ def test_jumprelu_is_strict_and_never_negative(tmp_path: Path, theta: float) -> 
     )
     sae = open_sae(tmp_path)
     x = torch.tensor([[-0.5, 0.0], [0.25, 2.0]], dtype=torch.float64)
-    assert torch.equal(canonical_encode(sae.spec, sae.rows([0, 1]), x), x.relu())
+    assert torch.equal(encode(sae.spec, sae.rows([0, 1]), x), x.relu())
 
 
 @pytest.mark.parametrize("architecture", SAES)
@@ -345,7 +318,7 @@ def test_rows_of_any_ids(
 
     x = tokens(d_in, count=8)
     literal = literal_encode(sae.raw(), x, architecture, a=1, norm=norm, k=k)
-    found = canonical_encode(sae.spec, every, x)
+    found = encode(sae.spec, every, x)
     # A pre-activation within rounding of its threshold may fall on either side.
     close = torch.isclose(found, literal, rtol=1e-4, atol=1e-4)
     assert (~close).sum() <= 1

@@ -22,6 +22,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from sae_steer_kernels._call import call
 from sae_steer_kernels._op import Op, lazily, torch_op, triton_obstacle
 from sae_steer_kernels.feature_edit.grouping import TokenGroups
 from sae_steer_kernels.feature_edit.layout import Act, Norm, RowFloat, RowInt, Skip, SlotFloat, SlotInt
@@ -221,16 +222,9 @@ def _feature_edit(
         y, slots, bits, enc, dec, row_float, row_int, slot_float, slot_int, gain, before, after, dose, flags,
         read, residual, base, rank, scratch, order, tiles, batch_invariant,
     )  # fmt: skip
-    # ``active`` lives on the CPU, so that reading it costs no device synchronisation, and is a tensor, so that a
-    # compiled graph does not bake its value in. A CUDA graph would: what may be in one launches whatever it says.
-    asked = bool(active)
-    if asked or y.device.type != "cpu":
-        provider = FEATURE_EDIT.provider(y.device, *arguments)
-        if asked or provider in FEATURE_EDIT.host_free:
-            FEATURE_EDIT.implementations[provider](*arguments)
-            return
-    flags.zero_()
-    dose.zero_()
+    if not call(FEATURE_EDIT, y.device, active, arguments):
+        flags.zero_()
+        dose.zero_()
 
 
 _OP = torch_op(_feature_edit, name="feature_edit", mutates=("y", "before", "after", "dose", "flags", "scratch"))
@@ -266,6 +260,10 @@ def feature_edit(
         rank: ``[T, K]`` int32 number of pre-activations above each row's own, where rows are TopK.
         groups: This step's tokens grouped by slot; without it no prefill goes to tensor cores.
         batch_invariant: A token's bits do not depend on its neighbours, nor on how many there are. Slower.
+
+    Raises:
+        LookupError: ``SAE_STEER_FEATURE_EDIT`` names no implementation, or one that cannot take the call.
+        RuntimeError: A CUDA graph is captured, and the implementation cannot be in one.
     """
     order, tiles = (None, None) if groups is None else (groups.order, groups.tiles)
     # Without a graph to hold it, the op's own dispatch would cost as much as a small edit.
