@@ -22,9 +22,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sae_steer.closed import NAME_PATTERN
 from sae_steer.errors import CheckpointError, Forbidden, SchemaError, SiteError, StartError, UnknownName
 from sae_steer.sae import FeatureLabel, Labels, Sae
-from sae_steer.schema import NAME_PATTERN, Profile, parse_profile
+from sae_steer.schema import Profile, parse_profile
 from sae_steer.sites import Site
 from sae_steer.strict_json import loads
 

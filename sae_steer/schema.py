@@ -7,17 +7,16 @@ never turn into a request that is not steered as asked.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from sae_steer.calibration.info import CalibrationInfo
+from sae_steer.closed import MAX_FEATURES, Closed, Name
 from sae_steer.errors import SchemaError
 
 MAX_INTERVENTIONS = 256
-MAX_FEATURES = 16384
 MAX_RANGES = 64
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}$"
-Name = Annotated[str, Field(pattern=NAME_PATTERN, description="A name in the server's catalog.")]
 FeatureId = Annotated[int, Field(ge=0, lt=2**31, description="Number of a feature in its SAE, from 0.")]
 PositionIndex = Annotated[int, Field(ge=0, lt=2**31)]
 LARGEST = 1e12
@@ -30,12 +29,6 @@ Values = Annotated[
     Discriminator(lambda value: "~list" if isinstance(value, list) else "~number"),
     Field(description="One number, or one per feature."),
 ]
-
-
-class Closed(BaseModel):
-    """Base of all wire models: unknown keys, coercions and non-finite numbers are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class When(Closed):
@@ -140,13 +133,19 @@ class FeatureMaskEdit(_FeatureEdit):
         return self
 
 
-class AppEdit(_Edit):
-    """``app``: f' = f (1 - P(concept given f))^strength, from a calibration."""
+class _CalibratedEdit(_Edit):
+    """An edit of the features that a calibration has chosen for a concept, the best ``top`` of them."""
 
-    op: Literal["app"]
     sae: Name
     calibration: Name
     concept: Annotated[str, Field(min_length=1, max_length=128)]
+    top: Annotated[int, Field(ge=1, le=MAX_FEATURES)] | None = None
+
+
+class AppEdit(_CalibratedEdit):
+    """``app``: f' = f (1 - P(concept given f))^strength, from a calibration."""
+
+    op: Literal["app"]
     strength: Annotated[float, Field(ge=0, le=1e3)] = 1.0
     prior: Literal["uniform", "target", "empirical"] = "uniform"
 
@@ -231,7 +230,7 @@ class Readings(Closed):
     """Which activations to send back."""
 
     sae: Name
-    features: Annotated[list[FeatureId], Field(max_length=MAX_FEATURES)] = []
+    features: Annotated[list[FeatureId], Field(max_length=MAX_FEATURES)] = Field(default_factory=list)
     top_k: Annotated[int, Field(ge=0, le=1024)] = 0
     positions: Positions = "completion"
     at: Literal["before", "after"] = "before"
@@ -249,15 +248,15 @@ class Trigger(Closed):
 class Steering(Closed):
     """The ``steering`` field of a request."""
 
-    profiles: Annotated[list[Name], Field(max_length=16)] = []
-    interventions: Annotated[list[Intervention], Field(max_length=MAX_INTERVENTIONS)] = []
+    profiles: Annotated[list[Name], Field(max_length=16)] = Field(default_factory=list)
+    interventions: Annotated[list[Intervention], Field(max_length=MAX_INTERVENTIONS)] = Field(default_factory=list)
     override: bool = Field(False, description="The request's edits replace a profile's edits of the same features.")
     error: Literal["keep", "drop"] = Field(
         "keep", description="Keep the SAE's reconstruction error (edit by delta), or write the decoded features alone."
     )
     dose: Dose | None = None
     readings: Readings | None = None
-    on: Annotated[list[Trigger], Field(max_length=16)] = []
+    on: Annotated[list[Trigger], Field(max_length=16)] = Field(default_factory=list)
 
 
 class Profile(Closed):
@@ -268,6 +267,9 @@ class Profile(Closed):
     interventions: Annotated[list[Intervention], Field(min_length=1, max_length=MAX_INTERVENTIONS)]
     saes: dict[Name, str] = Field(
         default_factory=dict, description="Fingerprints of the SAEs it was made for, by name; a mismatch is refused."
+    )
+    calibration: CalibrationInfo | None = Field(
+        None, description="What `app` and its rivals find by this profile's name; made by `sae-steer calibrate`."
     )
 
 

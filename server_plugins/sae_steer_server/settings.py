@@ -6,9 +6,9 @@ from typing import Literal, Self
 
 from pydantic import TypeAdapter, ValidationError
 
+from sae_steer.closed import Name
 from sae_steer.errors import SiteError, StartError
 from sae_steer.limits import Limits
-from sae_steer.schema import Name
 from sae_steer.sites import Site
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]

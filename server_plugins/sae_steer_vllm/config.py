@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sae_steer.catalog import Catalog, CatalogSae, Vector
+from sae_steer.closed import Name
 from sae_steer.errors import RequestError, SiteError, StartError
 from sae_steer.limits import Limits
 from sae_steer.sae.cached import open_served
-from sae_steer.schema import Name
 from sae_steer.sites import Site
 from sae_steer.strict_json import loads
 

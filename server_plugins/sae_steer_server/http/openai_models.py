@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, Tag, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from sae_steer.schema import Closed, Steering, parse_steering
+from sae_steer.closed import Closed
+from sae_steer.schema import Steering, parse_steering
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
