@@ -4,6 +4,10 @@ PYTHON ?= python3
 # Extra arguments for pip, such as: make venv PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_ARGS ?=
 
+# Test files that run at once. Each may hold an engine of 1 to 2 GB.
+JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
 # The CPU build of vLLM that the tests run, and the older ones of `make vllm-matrix`.
 VLLM := 0.32.0
 OLDER := 0.28.0 0.30.0
@@ -57,11 +61,11 @@ demo: venv
 
 # run the tests, without the slow ones
 test: venv
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # run all tests, the slow ones too
 test-all: venv
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # write SAEs with the libraries that people train with, in an environment of their own, and read them here
 oracle: venv .venv-oracle/.installed
