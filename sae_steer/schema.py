@@ -15,6 +15,11 @@ from sae_steer.errors import SchemaError
 MAX_INTERVENTIONS = 256
 MAX_FEATURES = 16384
 MAX_RANGES = 64
+MAX_READINGS = 8
+MAX_TRIGGERS = 16
+MAX_READ_FEATURES = 1024
+"""Features that one request may have read by name."""
+MAX_TOP_K = 128
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN, description="A name in the server's catalog.")]
@@ -228,13 +233,24 @@ class Dose(Closed):
 
 
 class Readings(Closed):
-    """Which activations to send back."""
+    """Which activations of one SAE to send back."""
 
     sae: Name
-    features: Annotated[list[FeatureId], Field(max_length=MAX_FEATURES)] = []
-    top_k: Annotated[int, Field(ge=0, le=1024)] = 0
+    features: Annotated[list[FeatureId], Field(max_length=MAX_READ_FEATURES)] = []
+    top_k: Annotated[int, Field(ge=0, le=MAX_TOP_K, description="Beside these, so many largest of each token.")] = 0
     positions: Positions = "completion"
-    at: Literal["before", "after"] = "before"
+    at: Literal["before", "after"] = Field(
+        "before", description="Before the edits of the site, or after them: then edited features have their new value."
+    )
+    per_token: bool = Field(True, description="Send every token's values, and not the summary alone.")
+
+    @model_validator(mode="after")
+    def _reads(self) -> "Readings":
+        if not self.features and not self.top_k:
+            raise ValueError("nothing is read: name 'features', or give a 'top_k' above 0")
+        if len(set(self.features)) != len(self.features):
+            raise ValueError("one of the 'features' is named twice")
+        return self
 
 
 class Trigger(Closed):
@@ -256,8 +272,15 @@ class Steering(Closed):
         "keep", description="Keep the SAE's reconstruction error (edit by delta), or write the decoded features alone."
     )
     dose: Dose | None = None
-    readings: Readings | None = None
-    on: Annotated[list[Trigger], Field(max_length=16)] = []
+    readings: (
+        Annotated[
+            Annotated[Readings, Tag("~one")]
+            | Annotated[list[Readings], Field(min_length=1, max_length=MAX_READINGS), Tag("~many")],
+            Discriminator(lambda value: "~many" if isinstance(value, list) else "~one"),
+        ]
+        | None
+    ) = None
+    on: Annotated[list[Trigger], Field(max_length=MAX_TRIGGERS)] = []
 
 
 class Profile(Closed):
