@@ -41,6 +41,7 @@ _FEATURES = {
     "profiles": "use stored profiles",
     "readings": "send activations back",
     "on": "act on the request when a feature fires",
+    "on.stop": "end the answer when a feature fires",
     "prefix_cache": "share the KV cache of common prefixes",
     "beam_search": "beam search",
 }
@@ -51,18 +52,6 @@ _LATER = (
         "the op 'app'",
         "it needs a calibration, and this version cannot make or load one",
         "use 'mask_range', 'gain' or 'ablate' on the same features",
-    ),
-    Refusal(
-        "readings",
-        "'readings'",
-        "this version does not send activations of its own accord",
-        "read the mean activation before and after the edit in choices[i].steering.applied.features",
-    ),
-    Refusal(
-        "on",
-        "'on' triggers",
-        "this version does not act on a request from a feature",
-        "gate the edit itself with 'when'",
     ),
 )
 
@@ -147,5 +136,16 @@ VLLM = Capabilities(
 )
 """vLLM, with the plugin."""
 
-IN_PROCESS = Capabilities("in-process", _LATER)
+IN_PROCESS = Capabilities(
+    "in-process",
+    (
+        *_LATER,
+        Refusal(
+            "on.stop",
+            "the action 'stop'",
+            "the loop that generates is not ours here",
+            "use the action 'flag', and end generation by a StoppingCriteria that looks at Rows.reports()",
+        ),
+    ),
+)
 """``sae_steer.attach`` on a transformers model in the same process."""

@@ -11,13 +11,12 @@ from sae_steer.capabilities import Capabilities
 from sae_steer.catalog import Catalog
 from sae_steer.errors import DuplicateEdit, LimitExceeded, RequestError, Unsupported
 from sae_steer.limits import Limits
-from sae_steer.lowering import check_feature, check_topk, hold_whole, rows_of
-from sae_steer.program import Gate, Phase, Program, Row, Selector, SiteProgram
+from sae_steer.lowering import check_feature, check_topk, hold_whole, positions_of, rows_of
+from sae_steer.program import Gate, Program, Row, Selector, SiteProgram
+from sae_steer.read_compiler import with_readings
 from sae_steer.sae import InputNorm
 from sae_steer.schema import (
     Intervention,
-    Positions,
-    Ranges,
     Steering,
     VectorAblateEdit,
     VectorScaleEdit,
@@ -86,13 +85,14 @@ def compile_program(
             param="steering.dose.limit",
         )
     edits = list(_gather(steering, catalog))
-    if not edits:
-        if steering.error == "drop":
-            raise Unsupported(
-                "steering.error: 'drop' drops the error of the SAE whose features are edited, and none is. To write "
-                "the plain reconstruction, scale one feature by 1.",
-                param="steering.error",
-            )
+    if not edits and steering.error == "drop":
+        raise Unsupported(
+            "steering.error: 'drop' drops the error of the SAE whose features are edited, and none is. To write "
+            "the plain reconstruction, scale one feature by 1.",
+            param="steering.error",
+        )
+    asks = steering.readings is not None or bool(steering.on)
+    if not edits and not asks:
         return None
     builders: dict[Site, _SiteBuilder] = {}
     for edit in edits:
@@ -113,6 +113,8 @@ def compile_program(
         dose_limit=min(dose.limit if dose else math.inf, limits.dose_limit),
         on_dose=dose.on_dose if dose else "fail",
     )
+    if asks:
+        program = with_readings(program, steering, catalog)
     _check_limits(program, limits)
     return program
 
@@ -128,6 +130,9 @@ def _require(steering: Steering, capabilities: Capabilities) -> None:
         capabilities.require("readings", param="steering.readings")
     if steering.on:
         capabilities.require("on", param="steering.on")
+    for i, trigger in enumerate(steering.on):
+        if trigger.action == "stop":
+            capabilities.require("on.stop", param=f"steering.on[{i}].action")
     if steering.error == "drop":
         capabilities.require("error.drop", param="steering.error")
     if steering.dose is not None:
@@ -209,7 +214,7 @@ def _selector(edit: _Edit, bos_token_id: int | None) -> Selector:
             f"{edit.path}.skip_bos: this model has no beginning-of-sequence token. Leave 'skip_bos' out.",
             param=f"{edit.path}.skip_bos",
         )
-    phase, ranges = _positions(intervention.positions)
+    phase, ranges = positions_of(intervention.positions)
     tokens = intervention.when.token_in if intervention.when else None
     return Selector(
         phase,
@@ -217,18 +222,6 @@ def _selector(edit: _Edit, bos_token_id: int | None) -> Selector:
         bos_token_id if intervention.skip_bos else None,
         tuple(sorted(set(tokens))) if tokens is not None else None,
     )
-
-
-def _positions(positions: Positions) -> tuple[Phase, tuple[tuple[int, int], ...]]:
-    if isinstance(positions, Ranges):
-        merged: list[tuple[int, int]] = []
-        for start, end in sorted((start, end) for start, end in positions.ranges):
-            if merged and start <= merged[-1][1]:
-                merged[-1] = merged[-1][0], max(end, merged[-1][1])
-            else:
-                merged.append((start, end))
-        return Phase.RANGES, tuple(merged)
-    return Phase(positions), ()
 
 
 def _gates(catalog: Catalog, builders: dict[Site, _SiteBuilder]) -> None:
@@ -298,14 +291,15 @@ def _drops(steering: Steering, catalog: Catalog, builders: dict[Site, _SiteBuild
 
 def _check_limits(program: Program, limits: Limits) -> None:
     """Refuses what no slot of this host could hold."""
-    edited = sum(row.selector >= 0 for site in program.sites for row in site.rows)
-    checks = (
-        (edited, limits.max_edits, "edited features in one request"),
-        (program.rows, limits.widest, "features (edited or gating) at one site"),
-        (len(program.selectors), MAX_SELECTORS, "different combinations of positions, skip_bos and token_in"),
-    )
-    for have, most, what in checks:
-        if have > most:
-            raise LimitExceeded(
-                f"steering.interventions: {have} {what}; this server holds {most}.", param="steering.interventions"
-            )
+    for part, param in ((program.edits, "steering.interventions"), (program, "steering.readings")):
+        if part is None:
+            continue
+        edited = sum(row.selector >= 0 for site in part.sites for row in site.rows)
+        checks = (
+            (edited, limits.max_edits, "edited features in one request"),
+            (part.rows, limits.widest, "features (edited, gating or read) at one site"),
+            (len(part.selectors), MAX_SELECTORS, "different combinations of positions, skip_bos and token_in"),
+        )
+        for have, most, what in checks:
+            if have > most:
+                raise LimitExceeded(f"{param}: {have} {what}; this server holds {most}.", param=param)

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sae_steer.device_reads import DeviceReads, Gathers
 from sae_steer.program import Program
 from sae_steer.runs import RunTable
 from sae_steer.sites import Site
@@ -80,6 +81,8 @@ class DeviceStep:
         self._positions = torch.zeros(capacity, dtype=torch.int64, device=device)
         self._touched: Tensor | None = None
         self._used: list[int] = []  # buckets that have a run in the step
+        self.reads: DeviceReads | None = None
+        """What is read in the step; None = nothing."""
         self._arange = torch.arange(capacity, device=device)
 
     @property
@@ -101,7 +104,13 @@ class DeviceStep:
         self._selects[bucket][:, slot] = selects.to(self.device)
 
     def fill(
-        self, rows: Sequence[NDArray[np.int64]], starts: Tensor, positions: Tensor, tokens: Tensor, count: int
+        self,
+        rows: Sequence[NDArray[np.int64]],
+        starts: Tensor,
+        positions: Tensor,
+        tokens: Tensor,
+        count: int,
+        gathers: Gathers | None = None,
     ) -> None:
         """Lays out a step.
 
@@ -111,6 +120,7 @@ class DeviceStep:
             positions: ``[T]`` absolute positions, on the device.
             tokens: ``[T]`` token ids, on the device.
             count: ``T``.
+            gathers: What of each site's report is kept, of the tokens that are read; None = nothing is read.
         """
         self.clear()
         self._used = [number for number, own in enumerate(rows) if own.any()]
@@ -122,6 +132,7 @@ class DeviceStep:
         tokens = tokens[:count].long().clamp(0, self._vocabulary - 1)
         self._positions[:count] = positions
         bits: Tensor | None = None
+        wanted: Tensor | None = None
         for number in self._used:
             run = self.runs[number]
             # Tokens beyond the last request are nobody's: ``count`` may be what the host hoped for.
@@ -133,10 +144,15 @@ class DeviceStep:
             # A token that is computed again, after a preemption, counts once.
             self._rows[number][:count] = row * (holds & (positions > run.seen[row]))
             bits = held if bits is None else bits | held
+            if gathers:
+                read = ((held & run.reads[row]) != 0) & (positions > run.seen[row])
+                wanted = read if wanted is None else wanted | read
             if self.groups:
                 self.groups[number].fill(self.slots[number][:count], self._by_token[number].shape[0])
         assert bits is not None  # there is a bucket in use
         self.bits[:count] = bits
+        if gathers and wanted is not None:
+            self.reads = DeviceReads.of(gathers, wanted, request, positions, tokens, bits)
 
     def reports(self, site: int, rows: int) -> tuple[EditBuffers, ...]:
         """Where a site's edit reports, for each bucket, in a forward pass of so many rows."""
@@ -144,6 +160,8 @@ class DeviceStep:
 
     def edited(self, site: int, buckets: Iterable[int], rows: int) -> None:
         """Counts, now or at the end of the step, what a site's edit has reported; ``rows`` as in :meth:`reports`."""
+        if self.reads is not None:
+            self.reads.gather(site, self.reports(site, rows))
         for bucket in buckets:
             if rows <= self.few:
                 self._edited[bucket].append(site)
@@ -203,4 +221,4 @@ class DeviceStep:
             self._touched = None
             for edited in self._edited:  # a pass that failed half-way is not counted with the next one
                 edited.clear()
-        self.tokens = 0
+        self.tokens, self.reads = 0, None

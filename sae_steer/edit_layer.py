@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sae_steer.errors import Unsupported
+from sae_steer.readout import Readout
 from sae_steer.sites import Site
 from sae_steer.tables import SiteTables
 from sae_steer_kernels import DropScratch, EditBuffers, RankBuffers, TokenGroups, feature_edit, reconstruct, topk_rank
@@ -54,6 +55,8 @@ class EditLayer:
         self.active = tuple(torch.zeros((), dtype=torch.bool) for _ in tables.tables)
         self.enabled = False
         self._buckets: frozenset[int] = frozenset()
+        self.readouts: tuple[Readout, ...] = ()
+        """What is read of whole dictionaries in the next step."""
         self._allocate(step.capacity)
 
     @property
@@ -88,9 +91,9 @@ class EditLayer:
         # In this order: a compiled graph must not depend on ``enabled``.
         return torch.compiler.is_compiling() or self.enabled
 
-    def arm(self, buckets: frozenset[int]) -> None:
+    def arm(self, buckets: frozenset[int], readouts: Sequence[Readout] = ()) -> None:
         """Says which buckets have a program at this site in the next step; grows the buffers with the step's map."""
-        self.enabled, self._buckets = bool(buckets), buckets
+        self.enabled, self._buckets, self.readouts = bool(buckets), buckets, tuple(readouts)
         for number, flag in enumerate(self.active):
             flag.fill_(number in buckets)
         if self.capacity < self.step.capacity:
@@ -128,6 +131,8 @@ class EditLayer:
         tokens = y.shape[0]
         bits = self.step.bits[:tokens]
         base = self._base[:tokens] if self._base is not None else None
+        for readout in self.readouts:  # of what no edit of this site has touched
+            readout.take(y if read is None else read, residual)
         tracing = torch.compiler.is_compiling()  # a graph holds every bucket, whichever is armed
         for number, table in enumerate(self.tables.tables):
             if not (tracing or number in self._buckets):

@@ -15,6 +15,7 @@
     ├── Busy                         429  come back later (``retry_after`` seconds)
     ├── RunFailed                    500  a running request was ended, never answered unsteered
     │   ├── DoseExceeded         422      the dose limit was passed and ``on_dose`` is "fail"
+    │   ├── ReadingsExceeded     422      more was read than one answer may send back
     │   └── NonFinite                     the model or the edit produced a value that is not finite
     ├── EngineDown                   503  the engine has stopped; nothing can be answered
     └── StartError                   500  the server refuses to start
@@ -151,6 +152,13 @@ class DoseExceeded(RunFailed):
     """The dose limit was passed and ``on_dose`` is ``fail``, as the request asked: asking again is no use."""
 
     code = "dose_exceeded"
+    status = 422
+
+
+class ReadingsExceeded(RunFailed):
+    """More activations were read than one answer may send back, as only its length could tell."""
+
+    code = "limit_exceeded"
     status = 422
 
 

@@ -205,8 +205,16 @@ class Rows:
         self._laid_out = False  # for this pass alone, also where it breaks off
 
     def reports(self) -> list[dict[str, Any] | None]:
-        """The ``applied`` block of each row of the batch; None for rows that are not steered."""
-        return [self._runtime.report(run) if run is not None else None for run in self._runs]
+        """The ``applied`` block of each row of the batch, with ``readings`` and ``triggers`` where it asked for any.
+
+        None for rows that asked for nothing.
+        """
+        return [self._report(run) if run is not None else None for run in self._runs]
+
+    def _report(self, run: Run) -> dict[str, Any]:
+        told = run.reader.finish(self._runtime.catalog.name_of, None, keep=True) if run.reader is not None else {}
+        told.pop("trigger", None)  # no trigger ends anything here
+        return self._runtime.report(run) | told
 
     def restart(self) -> None:
         """The next pass is the first of a generation."""

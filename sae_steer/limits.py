@@ -12,11 +12,12 @@ class Limits:
 
     Args:
         max_programs: Slots for programs of up to ``rows`` features a site.
-        rows: Features (edited or gating) at one site in an ordinary slot.
+        rows: Features (edited, gating or read) at one site in an ordinary slot.
         wide_programs: Slots for wider programs.
         wide_rows: Features at one site in a wide slot.
         max_edits: Edited features in one request, over all sites.
         dose_limit: Largest dose that any request may have, whatever it asks for.
+        max_reading_values: Activations that one response may send back: tokens times values of each.
     """
 
     max_programs: int = 32
@@ -25,6 +26,7 @@ class Limits:
     wide_rows: int = 512
     max_edits: int = 512
     dose_limit: float = math.inf
+    max_reading_values: int = 65536
 
     def __post_init__(self) -> None:
         if self.wide_programs and self.wide_rows <= self.rows:

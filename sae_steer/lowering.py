@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from sae_steer.catalog import Catalog, CatalogSae
 from sae_steer.errors import DuplicateEdit, RequestError, SiteError, UnknownFeature, UnknownName, Unsupported
-from sae_steer.program import Row
+from sae_steer.program import Phase, Row
 from sae_steer.sae import Activation
 from sae_steer.schema import (
     LARGEST,
@@ -15,6 +15,8 @@ from sae_steer.schema import (
     FeatureScaleEdit,
     FeatureValueEdit,
     Intervention,
+    Positions,
+    Ranges,
     VectorAblateEdit,
     VectorScaleEdit,
     VectorValueEdit,
@@ -163,3 +165,16 @@ def check_topk(entry: CatalogSae, path: str) -> None:
             f"single rows of it are loaded. {hold_whole(entry)}",
             param=path,
         )
+
+
+def positions_of(positions: Positions) -> tuple[Phase, tuple[tuple[int, int], ...]]:
+    """The positions of a selector; ranges in order, and those that touch as one."""
+    if isinstance(positions, Ranges):
+        merged: list[tuple[int, int]] = []
+        for start, end in sorted((start, end) for start, end in positions.ranges):
+            if merged and start <= merged[-1][1]:
+                merged[-1] = merged[-1][0], max(end, merged[-1][1])
+            else:
+                merged.append((start, end))
+        return Phase.RANGES, tuple(merged)
+    return Phase(positions), ()

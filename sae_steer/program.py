@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,33 +148,128 @@ class SiteProgram:
     drop: str | None = None
 
     @property
+    def edits(self) -> bool:
+        """Whether anything is edited there; else it is only read."""
+        return any(row.selector >= 0 for row in self.rows)
+
+    @property
     def drop_selectors(self) -> tuple[int, ...]:
         """Selectors on whose tokens the error is dropped: those of the dropped SAE's edits, whatever gates decide."""
         held = {row.selector for row in self.rows if row.source == self.drop and row.selector >= 0}
         return tuple(sorted(held))
 
 
-@dataclass(frozen=True)
-class Program:
-    """A request's interventions, resolved, validated and compiled.
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Activations of one SAE that are sent back.
 
     Args:
-        sites: What happens at each site, in the model's order.
-        selectors: The distinct selectors of all rows; a row refers to one by number.
+        site: Where the SAE is.
+        source: Its fingerprint.
+        rows: Rows of the site that hold the named features, in the order in which they were named.
+        selector: Number of the selector that says on which tokens.
+        top_k: How many of each token's largest features are sent beside them.
+        after: Whether edited features are told with their new value.
+        per_token: Whether every token's values are sent, and not the summary alone.
+    """
+
+    site: Site
+    source: str
+    rows: tuple[int, ...]
+    selector: int
+    top_k: int = 0
+    after: bool = False
+    per_token: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Trigger:
+    """Acts on the request where a feature is above a threshold, before any edit of its site.
+
+    Args:
+        site: Where the feature's SAE is.
+        row: Row of the site that holds the feature.
+        selector: Number of the selector that says on which tokens.
+        above: The threshold, strict.
+        stop: Whether the answer ends there; else it is only told.
+    """
+
+    site: Site
+    row: int
+    selector: int
+    above: float
+    stop: bool
+
+
+@dataclass(frozen=True)
+class Program:
+    """A request's interventions, resolved, validated and compiled, and what it wants to be told.
+
+    Args:
+        sites: What happens at each site, in the model's order. Rows that are only read come last.
+        selectors: The distinct selectors of all rows and readings, those of edits first; each is referred to by number.
         dose_limit: Largest ``|sum of deltas| / |x|`` per token and site; inf = no limit.
         on_dose: What happens beyond it.
+        readings: What is sent back.
+        triggers: What acts on the request.
     """
 
     sites: tuple[SiteProgram, ...]
     selectors: tuple[Selector, ...]
     dose_limit: float = math.inf
     on_dose: Literal["fail", "scale"] = "fail"
+    readings: tuple[Reading, ...] = ()
+    triggers: tuple[Trigger, ...] = ()
 
     @cached_property
     def digest(self) -> str:
         """Content hash: equal programs, and only they, have equal digests."""
         canonical = json.dumps(_plain(self), sort_keys=True, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+
+    @cached_property
+    def edits(self) -> "Program | None":
+        """The program without what is only read: what changes keys and values; None where nothing is edited."""
+        if not self.readings and not self.triggers:
+            return self
+        sites: list[SiteProgram] = []
+        for part in self.sites:
+            gates = {row.gate.row for row in part.rows if row.gate is not None}
+            # Rows that are only read are the last, so the numbers of the others stay.
+            rows = tuple(row for i, row in enumerate(part.rows) if row.selector >= 0 or i in gates)
+            if part.edits:
+                sites.append(SiteProgram(part.site, rows, part.drop))
+        if not sites:
+            return None
+        used = 1 + max(row.selector for part in sites for row in part.rows)
+        return Program(tuple(sites), self.selectors[:used], self.dose_limit, self.on_dose)
+
+    @property
+    def asks(self) -> tuple[Reading | Trigger, ...]:
+        """Readings and triggers."""
+        return (*self.readings, *self.triggers)
+
+    @property
+    def reads(self) -> int:
+        """Bit mask of the selectors on whose tokens something is read."""
+        held = 0
+        for each in self.asks:
+            held |= 1 << each.selector
+        return held
+
+    def first_read(self, prompt_length: int) -> int | None:
+        """The first position where something is read; None = nowhere. What comes from a cache is read by nobody."""
+        found: list[int] = []
+        for each in self.asks:
+            selector = self.selectors[each.selector]
+            match selector.phase:
+                case Phase.RANGES:
+                    found.append(selector.ranges[0][0])
+                case Phase.COMPLETION:
+                    found.append(max(prompt_length - 1, 0))
+                case _:
+                    found.append(0)
+        return min(found, default=None)
 
     @property
     def rows(self) -> int:
@@ -230,6 +325,7 @@ class Program:
             "sites": {
                 str(site.site): [f"{row.op} {row.feature}" for row in site.rows if row.selector >= 0]
                 for site in self.sites
+                if site.edits
             },
         }
 
@@ -239,12 +335,18 @@ class Footprint:
     """What sets the keys and values of a steered request apart from those of others, for hosts that share them.
 
     Args:
-        digest: Content hash of the program.
+        digest: Content hash of the edits.
         pieces: :meth:`Program.pieces` of the request's prompt length.
     """
 
     digest: str
     pieces: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, program: Program, prompt_length: int) -> Self:
+        """The footprint of a request: that of its edits, whatever is read beside them."""
+        edits = program.edits
+        return cls("", ((0, 0),)) if edits is None else cls(edits.digest, edits.pieces(prompt_length))
 
     def key(self, start: int, end: int) -> str | None:
         """The key of positions ``start`` to ``end``; None where no selector holds there by position.

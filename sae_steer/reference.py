@@ -20,7 +20,9 @@ from sae_steer.schema import (
     FeatureScaleEdit,
     FeatureValueEdit,
     Intervention,
+    Positions,
     Ranges,
+    Readings,
     Steering,
     VectorAblateEdit,
     VectorScaleEdit,
@@ -149,17 +151,18 @@ def _targets(intervention: Intervention) -> Iterator[tuple[str, object]]:
             yield intervention.sae, feature
 
 
+def in_positions(positions: Positions, token: Token) -> bool:
+    """Whether a token is at one of some positions."""
+    if isinstance(positions, Ranges):
+        return any(start <= token.position < end for start, end in positions.ranges)
+    if positions == "prompt":
+        return token.position < token.prompt_length - 1
+    return positions == "all" or token.position >= token.prompt_length - 1
+
+
 def at_position(intervention: Intervention, token: Token) -> bool:
     """Whether an intervention's positions, ``skip_bos`` and ``token_in`` hold on a token."""
-    positions = intervention.positions
-    if isinstance(positions, Ranges):
-        held = any(start <= token.position < end for start, end in positions.ranges)
-    elif positions == "prompt":
-        held = token.position < token.prompt_length - 1
-    elif positions == "completion":
-        held = token.position >= token.prompt_length - 1
-    else:
-        held = True
+    held = in_positions(intervention.positions, token)
     if intervention.skip_bos and token.token == token.bos:
         held = False
     when = intervention.when
@@ -246,17 +249,22 @@ def _feature_delta(
     decoder = dictionary(entry.sae)["W_dec"]
     total = torch.zeros_like(decoder[0])
     for n, feature in enumerate(intervention.features):
-        unit = 1.0
-        if isinstance(intervention, FeatureValueEdit) and intervention.units == "reference_max":
-            label = entry.labels.get(feature) if entry.labels is not None else None
-            assert label is not None  # the compiler refuses such a request
-            assert label.reference_max is not None
-            unit = label.reference_max
-        elif isinstance(intervention, FeatureValueEdit) and intervention.units == "residual_norm":
-            unit = float(x.norm())
+        unit = _unit(intervention, entry, feature, x)
         old = float(f[feature])
         total = total + (new_value(intervention, n, old, unit) - old) * scale * decoder[feature]
     return total
+
+
+def _unit(intervention: Intervention, entry: CatalogSae, feature: int, x: Tensor) -> float:
+    """What the value of an edit of a feature is a multiple of."""
+    if isinstance(intervention, FeatureValueEdit) and intervention.units == "reference_max":
+        label = entry.labels.get(feature) if entry.labels is not None else None
+        assert label is not None  # the compiler refuses such a request
+        assert label.reference_max is not None
+        return label.reference_max
+    if isinstance(intervention, FeatureValueEdit) and intervention.units == "residual_norm":
+        return float(x.norm())
+    return 1.0
 
 
 def _vector_delta(
@@ -272,6 +280,48 @@ def _vector_delta(
     direction: Tensor = vector / vector.norm()
     projection = float(direction @ x)
     return (new_value(intervention, 0, projection, unit) - projection) * direction
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What a reading has of one token.
+
+    Args:
+        values: Of the named features.
+        top: The largest features above 0 with their values, the largest first, the lower number first among equals.
+    """
+
+    values: list[float]
+    top: list[tuple[int, float]]
+
+
+def activations_after(entry: CatalogSae, x: Tensor, token: Token, steering: Steering, catalog: Catalog) -> Tensor:
+    """All activations ``[F]`` of an SAE on one token ``x [D]``, with the edited ones as they are edited to."""
+    f = encode(entry.sae, x)
+    after = f.clone()
+    for intervention in interventions(steering, catalog):
+        if isinstance(intervention, VectorValueEdit | VectorScaleEdit | VectorAblateEdit):
+            continue
+        assert isinstance(intervention, FeatureValueEdit | FeatureScaleEdit | FeatureAblateEdit | FeatureMaskEdit)
+        mine = catalog.sae(intervention.sae).sae.fingerprint == entry.sae.fingerprint
+        if mine and at_position(intervention, token) and gate_holds(intervention, x, catalog):
+            for n, feature in enumerate(intervention.features):
+                unit = _unit(intervention, entry, feature, x)
+                after[feature] = new_value(intervention, n, float(f[feature]), unit)
+    return after
+
+
+def read_token(asked: Readings, x: Tensor, token: Token, steering: Steering, catalog: Catalog) -> Read | None:
+    """What a reading has of one token, from what its site reads ``x [D]``; None where it does not read there."""
+    if not in_positions(asked.positions, token):
+        return None
+    entry = catalog.sae(asked.sae)
+    if asked.at == "after":
+        f = activations_after(entry, x, token, steering, catalog)
+    else:
+        f = encode(entry.sae, x)
+    largest = sorted((-float(value), feature) for feature, value in enumerate(f) if value > 0)[: asked.top_k]
+    return Read([float(f[feature]) for feature in asked.features], [(feature, -value) for value, feature in largest])
 
 
 def edit_tokens(

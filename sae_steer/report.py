@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from sae_steer.errors import DoseExceeded, NonFinite, RunFailed
 from sae_steer.program import Program, SiteProgram
+from sae_steer.readings import Reader
 from sae_steer.sites import Site
 from sae_steer.slots import Slot
 from sae_steer_kernels import Flag
@@ -96,6 +97,7 @@ class Run:
         self.slot = slot
         self.prompt_length = prompt_length
         self.failure: RunFailed | None = None
+        self.reader = Reader(program, prompt_length) if program.reads else None
         self._touched = 0
         self._seen = -1
         self._tallies = {part.site: SiteTally(part) for part in program.sites}
@@ -156,7 +158,7 @@ def applied_block(tallies: Sequence[SiteTally], touched: int, name_of: Callable[
     counted = [tally for tally in tallies if tally.tokens]
     tokens = sum(tally.tokens for tally in counted)
     return {
-        "sites": [str(tally.part.site) for tally in tallies],
+        "sites": [str(tally.part.site) for tally in tallies if tally.part.edits],
         "features": [entry for tally in tallies for entry in _features(tally, name_of)],
         "tokens": touched,
         "fired": sum(int(tally.fired.sum()) for tally in counted),
@@ -180,6 +182,7 @@ def _features(tally: SiteTally, name_of: Callable[[Site, str], str]) -> list[dic
             named |= {"sae": name_of(tally.part.site, row.source), "feature": row.feature}
         else:
             named |= {"vector": name_of(tally.part.site, row.source)}
+        named["fingerprint"] = row.source
         entries.append(
             named
             | {

@@ -124,6 +124,7 @@ class RunTable:
             "seen": torch.full((size,), -1, dtype=torch.int64),
             "starts": torch.full((size, pieces), _NEVER, dtype=torch.int64),
             "masks": torch.zeros(size, pieces, dtype=torch.int32),
+            "reads": torch.zeros(size, dtype=torch.int32),  # selectors on whose tokens something is read
             "sums": torch.zeros(size, _HEAD + self.sites * (_SITE_HEAD + 4 * self.rows), dtype=torch.float64),
         }
         for name, tensor in fresh.items():
@@ -140,6 +141,7 @@ class RunTable:
     seen: Tensor
     starts: Tensor
     masks: Tensor
+    reads: Tensor
     sums: Tensor
 
     def add(self, program: Program, slot: int, prompt_length: int) -> int:
@@ -153,6 +155,7 @@ class RunTable:
         starts[: len(pieces)], masks[: len(pieces)] = zip(*pieces, strict=True)
         self.starts[row], self.masks[row] = torch.from_numpy(starts), torch.from_numpy(masks)
         self.slot[row], self.fails[row] = slot, float(program.on_dose == "fail")
+        self.reads[row] = program.reads
         self.seen[row], self.sums[row] = -1, 0.0
         return row
 

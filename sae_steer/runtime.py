@@ -16,10 +16,12 @@ from sae_steer.families import width
 from sae_steer.hooks import install
 from sae_steer.limits import Limits
 from sae_steer.program import Program
+from sae_steer.readings import TextOf
 from sae_steer.report import Run
 from sae_steer.sites import Site
 from sae_steer.slots import Bucket, Slot, SlotPool, buckets_of
 from sae_steer.step import Span, StepMap
+from sae_steer.step_reads import StepReads
 from sae_steer.tables import SiteTables
 from sae_steer_kernels import warm_up
 
@@ -57,6 +59,7 @@ class Runtime:
         self._step = StepMap(len(buckets), model.device)
         self._layers = {site: EditLayer(self._tables(model, site, buckets), self._step) for site in self.sites}
         self._handles: list[RemovableHandle] = []
+        self._reads = StepReads(())
         warm_up(model.device, model.dtype)
 
     @classmethod
@@ -151,6 +154,14 @@ class Runtime:
         """The ``applied`` block of a run."""
         return run.report(self.catalog.name_of)
 
+    def new_readings(self, run: Run, text_of: TextOf | None = None) -> list[dict[str, Any]] | None:
+        """For each reading of a run, the tokens that were not told yet; None where none is told token by token."""
+        return run.reader.new(self.catalog.name_of, text_of) if run.reader is not None else None
+
+    def readings(self, run: Run, text_of: TextOf | None = None) -> dict[str, Any]:
+        """The ``readings``, ``triggers`` and ``trigger`` of a run that has ended; empty where it asked for none."""
+        return run.reader.finish(self.catalog.name_of, text_of) if run.reader is not None else {}
+
     def begin_step(self, spans: Sequence[Span]) -> None:
         """Lays out the next forward pass: ``spans`` in the order of its flattened tokens."""
         self._step.fill(spans)
@@ -158,8 +169,9 @@ class Runtime:
         for placed in self._step.placed:
             for part in placed.run.program.sites:
                 armed[part.site].add(placed.run.slot.bucket)
+        self._reads = StepReads(self._step.placed)
         for site, layer in self._layers.items():
-            layer.arm(frozenset(armed[site]))
+            layer.arm(frozenset(armed[site]), self._reads.readouts(layer.tables))
 
     def end_step(self) -> StepSummary:
         """Gathers what the forward pass did into its runs, and lays out an idle step."""
@@ -168,6 +180,7 @@ class Runtime:
             return StepSummary()
         touched = np.zeros(self._step.capacity, dtype=np.bool_)
         edits = 0
+        reads = self._reads
         for site, layer in self._layers.items():
             if not layer.enabled:
                 continue
@@ -185,6 +198,8 @@ class Runtime:
                     edits += tally.add(p.positions, p.bits, before[cut], after[cut], dose[cut], flags[cut])
                     p.run.judge(site, flags[cut], dose[cut])
                     touched[cut] |= flags[cut] != 0
+                    reads.gather(p, site, before[cut], after[cut])
+        reads.finish()
         for p in placed:
             p.run.touch(p.positions, touched[p.first : p.first + p.positions.size])
         programs = len({p.run.program.digest for p in placed})
@@ -195,5 +210,6 @@ class Runtime:
     def drop_step(self) -> None:
         """Lays out an idle step, and forgets the one before without gathering it: its forward pass broke off."""
         self._step.clear()
+        self._reads = StepReads(())
         for layer in self._layers.values():
             layer.arm(frozenset())

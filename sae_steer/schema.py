@@ -16,6 +16,11 @@ from sae_steer.errors import SchemaError
 
 MAX_INTERVENTIONS = 256
 MAX_RANGES = 64
+MAX_READINGS = 8
+MAX_TRIGGERS = 16
+MAX_READ_FEATURES = 1024
+"""Features that one request may have read by name."""
+MAX_TOP_K = 128
 
 FeatureId = Annotated[int, Field(ge=0, lt=2**31, description="Number of a feature in its SAE, from 0.")]
 PositionIndex = Annotated[int, Field(ge=0, lt=2**31)]
@@ -227,13 +232,24 @@ class Dose(Closed):
 
 
 class Readings(Closed):
-    """Which activations to send back."""
+    """Which activations of one SAE to send back."""
 
     sae: Name
-    features: Annotated[list[FeatureId], Field(max_length=MAX_FEATURES)] = Field(default_factory=list)
-    top_k: Annotated[int, Field(ge=0, le=1024)] = 0
+    features: Annotated[list[FeatureId], Field(max_length=MAX_READ_FEATURES)] = Field(default_factory=list)
+    top_k: Annotated[int, Field(ge=0, le=MAX_TOP_K, description="Beside these, so many largest of each token.")] = 0
     positions: Positions = "completion"
-    at: Literal["before", "after"] = "before"
+    at: Literal["before", "after"] = Field(
+        "before", description="Before the edits of the site, or after them: then edited features have their new value."
+    )
+    per_token: bool = Field(True, description="Send every token's values, and not the summary alone.")
+
+    @model_validator(mode="after")
+    def _reads(self) -> "Readings":
+        if not self.features and not self.top_k:
+            raise ValueError("nothing is read: name 'features', or give a 'top_k' above 0")
+        if len(set(self.features)) != len(self.features):
+            raise ValueError("one of the 'features' is named twice")
+        return self
 
 
 class Trigger(Closed):
@@ -255,8 +271,15 @@ class Steering(Closed):
         "keep", description="Keep the SAE's reconstruction error (edit by delta), or write the decoded features alone."
     )
     dose: Dose | None = None
-    readings: Readings | None = None
-    on: Annotated[list[Trigger], Field(max_length=16)] = Field(default_factory=list)
+    readings: (
+        Annotated[
+            Annotated[Readings, Tag("~one")]
+            | Annotated[list[Readings], Field(min_length=1, max_length=MAX_READINGS), Tag("~many")],
+            Discriminator(lambda value: "~many" if isinstance(value, list) else "~one"),
+        ]
+        | None
+    ) = None
+    on: Annotated[list[Trigger], Field(max_length=MAX_TRIGGERS)] = Field(default_factory=list)
 
 
 class Profile(Closed):

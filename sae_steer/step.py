@@ -34,6 +34,7 @@ class Placed:
     first: int
     positions: np.ndarray
     bits: np.ndarray
+    tokens: np.ndarray
 
 
 @dataclass(slots=True)
@@ -78,11 +79,12 @@ class StepMap:
             run = span.run
             if run is not None and run.failure is None and count:
                 positions = np.arange(span.start, span.start + count, dtype=np.int64)
-                held = run.program.bits(positions, np.asarray(span.tokens, dtype=np.int64), run.prompt_length)
+                tokens = np.asarray(span.tokens, dtype=np.int64)
+                held = run.program.bits(positions, tokens, run.prompt_length)
                 if held.any():
                     slots[run.slot.bucket, first : first + count][held != 0] = run.slot.index
                     bits[first : first + count] = held
-                    self.placed.append(Placed(run, first, positions, held))
+                    self.placed.append(Placed(run, first, positions, held, tokens))
             first += count
         if self.placed:
             for number in range(self.buckets):

@@ -193,6 +193,10 @@ class SiteTables:
         """Bytes that the tables hold."""
         return sum(table.nbytes for table in self.tables) + sum(whole.nbytes for whole in self.wholes)
 
+    def whole_of(self, source: str) -> Whole:
+        """The whole dictionary of an SAE; raises ``KeyError`` where it is not held."""
+        return next(whole for whole in self.wholes if whole.number == self._numbers[source])
+
     def clear(self, bucket: int, slot: int) -> None:
         """Empties a slot: its program does nothing at this site."""
         self.tables[bucket].slot_int[slot] = 0

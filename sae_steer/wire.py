@@ -16,7 +16,7 @@ from sae_steer.errors import SchemaError
 from sae_steer.limits import Limits
 from sae_steer.program import Program, Row, Selector, SiteProgram
 from sae_steer.sae import Activation
-from sae_steer.schema import MAX_RANGES
+from sae_steer.schema import MAX_RANGES, MAX_READ_FEATURES, MAX_READINGS, MAX_TOP_K, MAX_TRIGGERS
 from sae_steer.sites import Site
 from sae_steer.tables import GAIN_BINS
 
@@ -64,6 +64,34 @@ def _fault(program: Program, catalog: Catalog, limits: Limits, sites: Sequence[S
         fault = _part_fault(part, len(program.selectors), catalog)
         if fault is not None:
             return fault
+        if not part.rows and not any(reading.site == part.site and reading.top_k for reading in program.readings):
+            return f"it names nothing at {part.site}"
+    return _reads_fault(program, catalog)
+
+
+def _reads_fault(program: Program, catalog: Catalog) -> str | None:
+    """What is wrong with what a program reads."""
+    rows = {part.site: part.rows for part in program.sites}
+    entries = {(entry.site, entry.sae.fingerprint): entry for entry in catalog.saes.values()}
+    wholes = {key for key, entry in entries.items() if entry.whole}
+    named = sum(len(reading.rows) for reading in program.readings)
+    if len(program.readings) > MAX_READINGS or len(program.triggers) > MAX_TRIGGERS or named > MAX_READ_FEATURES:
+        return "it reads more than a request may"
+    for each in program.asks:
+        if each.site not in rows or not 0 <= each.selector < len(program.selectors):
+            return "it reads where it has no place, or on tokens that no selector names"
+        if program.selectors[each.selector].skip_token is not None or program.selectors[each.selector].token_in:
+            return "it reads by token ids"
+    for reading in program.readings:
+        key, own = (reading.site, reading.source), rows[reading.site]
+        if key not in entries or not all(0 <= i < len(own) and own[i].source == reading.source for i in reading.rows):
+            return "it reads an SAE or a row that is not there"
+        most = min(MAX_TOP_K, entries[key].sae.spec.n_features)
+        if not 0 <= reading.top_k <= most or (reading.top_k and key not in wholes):
+            return "it reads more of a dictionary than there is"
+    for trigger in program.triggers:
+        if not 0 <= trigger.row < len(rows[trigger.site]) or not abs(trigger.above) <= _LARGEST:
+            return "a trigger has a row or a threshold that is not there"
     return None
 
 
@@ -81,8 +109,8 @@ def _part_fault(part: SiteProgram, selectors: int, catalog: Catalog) -> str | No
     known = {entry.sae.fingerprint: entry.sae.spec for entry in entries}
     wholes = {entry.sae.fingerprint for entry in entries if entry.whole}
     vectors = {vector.fingerprint for vector in catalog.vectors.values()} if part.site.read == part.site.write else ()
-    if not part.rows or len({(row.source, row.feature) for row in part.rows}) != len(part.rows):
-        return f"it names nothing at {part.site}, or one feature twice"
+    if len({(row.source, row.feature) for row in part.rows}) != len(part.rows):
+        return f"it names one feature twice at {part.site}"
     if part.drop is not None and part.drop not in wholes:
         return "it drops the error of an SAE that is not there as a whole"
     for row in part.rows:

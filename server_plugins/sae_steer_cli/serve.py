@@ -54,7 +54,7 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help='Hold this SAE\'s whole dictionary in memory: for TopK SAEs, and for "error": "drop". Repeatable.',
+            help='Hold this SAE\'s whole dictionary in memory: for TopK SAEs, "error": "drop" and top_k. Repeatable.',
         ),
     ] = None,
     topk_threshold: Annotated[
@@ -104,7 +104,8 @@ def serve(
     ] = None,
     max_programs: Annotated[int, typer.Option(min=1, max=4096, help="Different programs that run at once.")] = 32,
     features: Annotated[
-        int, typer.Option(min=1, max=1024, help="Features, edited or gating, that a program may use at one place.")
+        int,
+        typer.Option(min=1, max=1024, help="Features (edited, gating or read) that a program may use at a place."),
     ] = 16,
     wide_programs: Annotated[
         int, typer.Option(min=0, max=4096, help="Programs beside those that may use more features than that.")
@@ -115,6 +116,9 @@ def serve(
         float | None,
         typer.Option(min=0, help="Largest change of a token, in multiples of its length, that any request may make."),
     ] = None,
+    max_reading_values: Annotated[
+        int, typer.Option(min=1, help="Activations (tokens times values of each) that one answer may send back.")
+    ] = 65536,
     max_running: Annotated[int, typer.Option(min=1, max=4096, help="Sequences in one forward pass.")] = 32,
     max_concurrent: Annotated[
         int, typer.Option(min=1, max=65536, help="Choices that run or wait at once; beyond it requests get 429.")
@@ -160,6 +164,7 @@ def serve(
                 wide_rows=wide_features,
                 max_edits=max_edits,
                 dose_limit=math.inf if dose_limit is None else dose_limit,
+                max_reading_values=max_reading_values,
             ),
             max_running=max_running,
             max_model_len=max_model_len,

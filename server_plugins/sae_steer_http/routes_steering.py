@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from sae_steer.catalog import Catalog
 from sae_steer.errors import Forbidden, RequestError, Unauthorized
-from sae_steer.schema import Profile, parse_profile, steering_json_schema
+from sae_steer.schema import MAX_READ_FEATURES, MAX_TOP_K, Profile, parse_profile, steering_json_schema
 from sae_steer_http.bodies import read_json
 from sae_steer_http.catalog_replies import (
     Capability,
@@ -84,6 +84,9 @@ async def capabilities(request: Request) -> Response:
         "max_wide_programs": service.limits.wide_programs,
         "max_edits": service.limits.max_edits,
         "max_edits_per_site": service.limits.widest,
+        "max_reading_values": service.limits.max_reading_values,
+        "max_read_features": MAX_READ_FEATURES,
+        "max_top_k": MAX_TOP_K,
         "max_body_bytes": service.max_body_bytes,
         **service.host_limits,
     }

@@ -5,6 +5,7 @@ import threading
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from sae_steer.runtime import StepSummary
+from sae_steer_http.block_metrics import BlockMetrics
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 _PROGRAMS = (0, 1, 2, 4, 8, 16, 32, 64)
@@ -16,6 +17,7 @@ class Metrics:
     def __init__(self) -> None:
         registry = CollectorRegistry()
         self._registry = registry
+        self.blocks = BlockMetrics(registry)
         self._requests = Counter(
             "sae_steer_requests", "HTTP requests by route and status.", ["route", "status"], registry=registry
         )

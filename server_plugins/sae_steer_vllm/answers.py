@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from sae_steer.errors import RunFailed, SteerError
 from sae_steer_http.errors import steer_error_json
+from sae_steer_http.replies import edits_digest
 from sae_steer_vllm.frontend import Collector
 
+_T = TypeVar("_T")
 _DONE = b"[DONE]"
 
 
@@ -38,10 +40,11 @@ class Answer:
 
     def fill(self, answer: dict[str, Any]) -> None:
         """Completes an answer, or an event of a stream; raises :class:`BlockLost`."""
-        answer["steering"] = {"program": self._collector.program.digest}
+        answer["steering"] = {"program": edits_digest(self._collector.program)}
         if self._model is not None and "model" in answer:
             answer["model"] = self._model
-        blocks = self._blocks()
+        blocks = self._by_choice(self._collector.done)
+        running = self._by_choice(self._collector.running)
         for choice in answer.get("choices", ()):
             if choice.get("finish_reason") is not None:
                 block = blocks.get(choice["index"])
@@ -51,14 +54,18 @@ class Answer:
                         "this is a fault of the server."
                     )
                 choice["steering"] = block
+            elif choice["index"] in running:
+                new = running[choice["index"]].new_readings()
+                if new is not None:
+                    choice["steering"] = {"readings": new}
 
-    def _blocks(self) -> Mapping[int, dict[str, Any]]:
-        """The blocks by the number of their choice; the engine's own ids say which prompt they belong to."""
-        found: dict[int, dict[str, Any]] = {}
-        for (request, index), block in self._collector.done.items():
+    def _by_choice(self, found: Mapping[tuple[str, int], _T]) -> Mapping[int, _T]:
+        """By the number of their choice; the engine's own ids say which prompt they belong to."""
+        chosen: dict[int, _T] = {}
+        for (request, index), value in found.items():
             prompt = request.rpartition("-")[2] if request.startswith("cmpl-") else "0"
-            found[int(prompt) * self._per_prompt + index] = block
-        return found
+            chosen[int(prompt) * self._per_prompt + index] = value
+        return chosen
 
 
 class Events:

@@ -33,7 +33,7 @@ from sae_steer.wire import check, parse
 from sae_steer_vllm import op
 from sae_steer_vllm.channel import ASK, CARRIED, ON_OUTPUT, PROGRAM, SLOT, TICKET, is_ticket, payload_of, take
 from sae_steer_vllm.config import PluginConfig, catalog_of, config_of
-from sae_steer_vllm.frontend import Frontend, admit
+from sae_steer_vllm.frontend import Frontend, Told, admit
 from sae_steer_vllm.gate import Gate
 from sae_steer_vllm.refusals import refuse_setup
 from sae_steer_vllm.worker import Carried, Shape, Worker
@@ -166,7 +166,7 @@ def _block_keys(original: Any, request: Any, start_token_idx: int, end_token_idx
     if program is not None:
         footprint = request.__dict__.get("_sae_steer_footprint")
         if footprint is None:
-            footprint = Footprint(program.digest, program.pieces(request.num_prompt_tokens))
+            footprint = Footprint.of(program, request.num_prompt_tokens)
             request._sae_steer_footprint = footprint
         key = footprint.key(start_token_idx, end_token_idx)
         if key is not None:
@@ -241,6 +241,29 @@ def _finish_requests(original: Any, self: Any, request_ids: Any, finished_status
     return original(self, names, finished_status) + gone
 
 
+def _cached_blocks(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    program = _program_of(request) if request.sampling_params is not None else None
+    first = program.first_read(request.num_prompt_tokens) if program is not None else None
+    # vLLM computes the last token anyhow, and so looks for one fewer than there are.
+    capped = request if first is None or first + 1 >= request.num_tokens else _Shorter(request, first + 1)
+    return original(self, capped, *args, **kwargs)
+
+
+class _Shorter:
+    """A request as if it had fewer tokens: the prefix cache is asked for no more of it.
+
+    Args:
+        request: vLLM's.
+        tokens: How many it is said to have.
+    """
+
+    def __init__(self, request: Any, tokens: int) -> None:
+        self._request, self.num_tokens = request, tokens
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._request, name)
+
+
 def _update_from_output(original: Any, self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
     snapshot = getattr(model_runner_output, ON_OUTPUT, None)
     gate = getattr(self, MINE)
@@ -249,12 +272,28 @@ def _update_from_output(original: Any, self: Any, scheduler_output: Any, model_r
     values = snapshot.slices()
     may_end = {name for name in values if gate.may_end(name)}  # asked now: those that end leave the gate
     clients = {name: self.requests[name].client_index for name in snapshot.failed() if name in self.requests}
+    outbox = gate.outbox
+    outbox.put(*({name: rows for name, rows in snapshot.reads.items() if name in self.requests}, snapshot.stops))
+    reads = {name: outbox.take(name) for name in values}
+    stops = {name for name in values if outbox.stops(name)}
     outputs = original(self, scheduler_output, model_runner_output)
+    ended = []
     for batch in outputs.values():
         for output in batch.outputs:
             name = output.request_id
-            if name in values and (output.finish_reason is not None or name in may_end) and name not in clients:
-                _attach(output, payload_of(values[name], None))
+            if name not in values or name in clients:
+                continue
+            if name in stops and output.finish_reason is None:
+                # Not STOP: the front end would take the last token for one that is not told. It knows better below.
+                output.finish_reason = FinishReason.LENGTH
+                ended.append(name)
+            told = output.finish_reason is not None or name in may_end
+            payload = payload_of(values[name] if told else None, reads=reads.pop(name))
+            if payload:
+                _attach(output, payload)
+    outbox.put({name: rows for name, rows in reads.items() if rows is not None and name in self.requests}, ())
+    if ended:
+        self.finish_requests(ended, RequestStatus.FINISHED_STOPPED)
     if clients:
         self.finish_requests(list(clients), RequestStatus.FINISHED_ERROR)
     for name, client in clients.items():
@@ -284,7 +323,8 @@ def _process_inputs(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     if params is None or not params.extra_args:
         return request
     try:
-        extra = admit(getattr(self, MINE), params.extra_args)
+        told = Told(len(request.prompt_token_ids or ()), params.max_tokens, params.n)
+        extra = admit(getattr(self, MINE), params.extra_args, told)
         if extra and PROGRAM in extra and (request.prompt_embeds is not None or request.resumable):
             raise RequestError("steering: this engine steers prompts of tokens, which are whole.", param="steering")
     except RequestError as error:
@@ -302,7 +342,10 @@ def _follow(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -
     original(self, request, *args, **kwargs)
     if extra and PROGRAM in extra:
         frontend: Frontend = getattr(self, MINE)
-        setattr(self.request_states[request.request_id], MINE, frontend.follow(extra[PROGRAM], extra.get(TICKET)))
+        state = self.request_states[request.request_id]
+        follow = frontend.follow(extra[PROGRAM], extra.get(TICKET), len(request.prompt_token_ids), self.tokenizer)
+        setattr(state, MINE, follow)
+        follow.register(state.external_req_id, state.request_index)
 
 
 def _engine_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
@@ -321,8 +364,10 @@ def _process_outputs(original: Any, self: Any, engine_core_outputs: Any, *args: 
 
 
 def _completion_output(original: Any, self: Any, token_ids: Any, finish_reason: Any, *args: Any, **kwargs: Any) -> Any:
-    completion = original(self, token_ids, finish_reason, *args, **kwargs)
     follow = getattr(self, MINE, None)
+    if follow is not None and finish_reason == FinishReason.LENGTH and follow.stopped:
+        finish_reason = FinishReason.STOP
+    completion = original(self, token_ids, finish_reason, *args, **kwargs)
     if follow is not None and finish_reason is not None:
         completion.steering = follow.finish(self.external_req_id, self.request_index)
     return completion
@@ -425,12 +470,13 @@ def _execute_model(
             worker.meet(request.req_id, request.sampling_params.extra_args, len(request.prompt_token_ids))
     before = None
     if intermediate_tensors is not None and CARRIED[0] in intermediate_tensors.tensors:
-        before = Carried(*(intermediate_tensors.tensors.pop(name) for name in CARRIED))
+        before = Carried(*(intermediate_tensors.tensors.pop(name, None) for name in CARRIED))
     result = original(self, scheduler_output, intermediate_tensors, *args, **kwargs)
     done = worker.end(before)
     if isinstance(result, IntermediateTensors):
         if done is not None:
-            result.tensors.update(zip(CARRIED, (done.sums, done.touched), strict=True))
+            tensors = zip(CARRIED, (done.sums, done.touched, done.reads), strict=True)
+            result.tensors.update((name, tensor) for name, tensor in tensors if tensor is not None)
     else:
         self._sae_steer_done = worker.snapshot(done)
     return result
@@ -466,6 +512,7 @@ _WRAPPERS: dict[str, Callable[..., Any]] = {
     f"{_SCHEDULER}.finish_requests": _finish_requests,
     f"{_SCHEDULER}._free_request": _free_request,
     f"{_SCHEDULER}.update_from_output": _update_from_output,
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks": _cached_blocks,
     "vllm.v1.engine.core:EngineCore.preprocess_add_request": _preprocess,
     "vllm.v1.engine.input_processor:InputProcessor.__init__": _input_init,
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": _process_inputs,

@@ -35,7 +35,7 @@ class SaeEntry(_Closed):
     location: Annotated[str, Field(min_length=1, description="A folder, or org/repo[/folder] on the hub.")]
     revision: str | None = None
     site: Annotated[str | None, Field(description="Overrides the site that its files state.")] = None
-    whole: Annotated[bool, Field(description="Hold the whole dictionary: for TopK, and to drop the error.")] = False
+    whole: Annotated[bool, Field(description="Hold the whole dictionary: for TopK, error drop, and top_k.")] = False
     topk: Annotated[
         Literal["exact", "threshold"],
         Field(description="`threshold` = by the threshold that the files store: no whole dictionary, and not exact."),
@@ -58,6 +58,7 @@ class LimitsEntry(_Closed):
     wide_features: Annotated[int, Field(ge=2, le=65536)] = 512
     max_edits: Annotated[int, Field(ge=1, le=65536)] = 512
     dose_limit: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    max_reading_values: Annotated[int, Field(ge=1, le=2**31)] = 65536
 
     def limits(self) -> Limits:
         """As the core has them."""
@@ -68,6 +69,7 @@ class LimitsEntry(_Closed):
             wide_rows=self.wide_features,
             max_edits=self.max_edits,
             dose_limit=math.inf if self.dose_limit is None else self.dose_limit,
+            max_reading_values=self.max_reading_values,
         )
 
 

@@ -3,23 +3,38 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import REGISTRY
 
 from sae_steer.capabilities import Capabilities
 from sae_steer.catalog import Catalog
 from sae_steer.compiler import compile_program
-from sae_steer.errors import RequestError, RunFailed, SchemaError, SteerError, Unsupported
+from sae_steer.errors import (
+    LimitExceeded,
+    ReadingsExceeded,
+    RequestError,
+    RunFailed,
+    SchemaError,
+    SteerError,
+    Unsupported,
+)
 from sae_steer.limits import Limits
 from sae_steer.program import Program
+from sae_steer.readings import Reader, TextOf
 from sae_steer.report import applied_block
 from sae_steer.runs import Sums
 from sae_steer.schema import parse_steering
 from sae_steer.sites import Site
 from sae_steer.strict_json import loads
+from sae_steer.token_texts import TokenTexts
 from sae_steer.wire import parse, to_text
-from sae_steer_vllm.channel import ASK, ERROR, PROGRAM, RESERVED, SUMS, TICKET, new_ticket
+from sae_steer_http.block_metrics import BlockMetrics
+from sae_steer_http.readings import ReadingBudget, check_reading_size
+from sae_steer_vllm.channel import ASK, ERROR, PROGRAM, READS, RESERVED, SUMS, TICKET, new_ticket
 
 
 class WorkerFailed(RunFailed):
@@ -30,16 +45,27 @@ class WorkerFailed(RunFailed):
         self.code = code  # type: ignore[misc]  # the worker's own
 
 
+@cache
+def block_metrics() -> BlockMetrics:
+    """The plugin's counters beside vLLM's own, once a process."""
+    return BlockMetrics(REGISTRY)
+
+
 @dataclass(slots=True)
 class Collector:
     """What became of the engine's requests that one HTTP request was made into.
 
     Args:
         program: What steers them, compiled once for all of its prompts.
+        budget: Counts what their answers read.
+        limited: Whether the client said how many tokens it wants at most.
     """
 
     program: Program
+    budget: ReadingBudget
+    limited: bool = True
     done: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+    running: dict[tuple[str, int], "Follow"] = field(default_factory=dict)
     failure: SteerError | None = None
 
 
@@ -51,13 +77,33 @@ class Follow:
         program: What steers it.
         frontend: Knows the names.
         collector: Who wants to know, over HTTP.
+        reader: What it has read; None = it reads nothing.
+        text_of: Names tokens; None = this engine has no tokenizer.
+        budget: Counts what its answer reads.
     """
 
     program: Program
     frontend: "Frontend"
     collector: Collector | None
+    reader: Reader | None
+    text_of: TextOf | None
+    budget: ReadingBudget
     sums: Sums | None = None
     failure: SteerError | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a trigger has ended the answer."""
+        return self.reader is not None and self.reader.stop is not None
+
+    def register(self, request: str, index: int) -> None:
+        """Says which choice of which of the engine's requests this is."""
+        if self.collector is not None and self.reader is not None:
+            self.collector.running[request, index] = self
+
+    def new_readings(self) -> list[dict[str, Any]] | None:
+        """For each reading, the tokens that were not told yet; None where none is told token by token."""
+        return self.reader.new(self.frontend.catalog.name_of, self.text_of) if self.reader is not None else None
 
     def take(self, payload: Mapping[str, Any]) -> None:
         """Takes over what came with an output."""
@@ -66,6 +112,20 @@ class Follow:
             self.failure = self.sums.failure
         if ERROR in payload:
             self.failure = WorkerFailed(*payload[ERROR])
+        if READS in payload and self.reader is not None and self.failure is None:
+            self._read(self.reader, np.frombuffer(payload[READS], dtype=np.float64))
+
+    def _read(self, reader: Reader, values: NDArray[np.float64]) -> None:
+        rows = values.reshape(-1, 2 + reader.width)
+        before = reader.told
+        reader.take(rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64), rows[:, 2:])
+        try:
+            self.budget.take(reader.told - before)
+            block_metrics().values(reader.told - before)
+        except ReadingsExceeded as error:
+            self.failure, self.reader = error, None
+            if self.collector is not None:
+                self.collector.failure = error
 
     def finish(self, request: str, index: int) -> dict[str, Any]:
         """The block of a choice that has ended, which the collector gets too."""
@@ -75,7 +135,11 @@ class Follow:
                 self.collector.failure = self.failure
             return block
         tallies, touched = (self.sums.tallies(), self.sums.touched) if self.sums is not None else ([], 0)
-        block = {"applied": applied_block(tallies, touched, self.frontend.catalog.name_of)}
+        name_of = self.frontend.catalog.name_of
+        block = {"applied": applied_block(tallies, touched, name_of)}
+        if self.reader is not None:
+            block |= self.reader.finish(name_of, self.text_of)
+        block_metrics().choice(block)
         if self.collector is not None:
             self.collector.done[request, index] = block
         return block
@@ -99,15 +163,16 @@ class Frontend:
     sites: tuple[Site, ...]
     bos_token_id: int | None
     _tickets: dict[str, Collector] = field(default_factory=dict)
+    _texts: list[TokenTexts] = field(default_factory=list)
 
     @contextmanager
-    def collecting(self, program: Program) -> Iterator[tuple[str, Collector]]:
+    def collecting(self, program: Program, *, limited: bool = True) -> Iterator[tuple[str, Collector]]:
         """Within the block, engine requests that ask with the ticket run ``program`` and tell the collector.
 
         A ticket is good in this process alone, and nobody can guess one.
         """
         ticket = new_ticket()
-        self._tickets[ticket] = collector = Collector(program)
+        self._tickets[ticket] = collector = Collector(program, ReadingBudget(self.limits), limited)
         try:
             yield ticket, collector
         finally:
@@ -134,9 +199,30 @@ class Frontend:
             bos_token_id=self.bos_token_id,
         )
 
-    def follow(self, program: str, ticket: str | None) -> Follow:
+    def follow(self, program: str, ticket: str | None, prompt_length: int = 1, tokenizer: Any = None) -> Follow:
         """Follows a request that is about to enter the engine, by what :func:`admit` gave it."""
-        return Follow(parse(program), self, self._tickets.get(ticket or ""))
+        parsed, collector = parse(program), self._tickets.get(ticket or "")
+        reader = Reader(parsed, prompt_length) if parsed.reads else None
+        text_of = self._texts_of(tokenizer) if reader is not None and tokenizer is not None else None
+        budget = collector.budget if collector is not None else ReadingBudget(self.limits)
+        return Follow(parsed, self, collector, reader, text_of, budget)
+
+    def _texts_of(self, tokenizer: Any) -> TextOf:
+        if not self._texts:
+            self._texts.append(TokenTexts(tokenizer))
+        return self._texts[0].text
+
+    def check_size(self, program: Program, ticket: object, told: "Told") -> None:
+        """Raises :class:`LimitExceeded` for a request that would read more than its answer may hold."""
+        collector = self._tickets.get(ticket) if isinstance(ticket, str) else None
+        limited = collector is None or collector.limited
+        most = told.max_tokens if limited else None
+        try:
+            check_reading_size(program, self.limits, [told.prompt_length], most, choices=told.choices)
+        except LimitExceeded as error:
+            if collector is not None:
+                collector.failure = error  # vLLM's own answer would not say the code
+            raise
 
     def ticketed(self, asked: object) -> Program | None:
         """The program of a ticket; None where it is none."""
@@ -144,12 +230,31 @@ class Frontend:
         return collector.program if collector is not None else None
 
 
-def admit(frontend: Frontend | None, extra_args: dict[str, Any] | None) -> dict[str, Any] | None:
+@dataclass(frozen=True, slots=True)
+class Told:
+    """How long a request may become.
+
+    Args:
+        prompt_length: ``P``.
+        max_tokens: Completion tokens.
+        choices: ``n``.
+    """
+
+    prompt_length: int = 0
+    max_tokens: int | None = None
+    choices: int = 1
+
+
+_UNKNOWN = Told()
+
+
+def admit(frontend: Frontend | None, extra_args: dict[str, Any] | None, told: Told = _UNKNOWN) -> dict[str, Any] | None:
     """What the engine gets for a request's ``extra_args``.
 
     Args:
         frontend: None where the plugin is not configured.
         extra_args: As the user sent them.
+        told: How long it may become.
 
     Raises:
         RequestError: Something is asked that cannot be honoured.
@@ -170,7 +275,9 @@ def admit(frontend: Frontend | None, extra_args: dict[str, Any] | None) -> dict[
     asked = extra_args[ASK]
     rest = {key: value for key, value in extra_args.items() if key != ASK}
     ticketed = frontend.ticketed(asked)
+    program = ticketed if ticketed is not None else frontend.compile(asked)
+    if program is not None:
+        frontend.check_size(program, asked, told)
     if ticketed is not None:
         return rest | {PROGRAM: to_text(ticketed), TICKET: asked}
-    program = frontend.compile(asked)
     return rest if program is None else rest | {PROGRAM: to_text(program)}

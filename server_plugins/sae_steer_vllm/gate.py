@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 
 from sae_steer.program import Program
 from sae_steer.slots import Bucket, Slot, SlotPool
+from sae_steer_vllm.outbox import Outbox
 
 _Request = TypeVar("_Request")
 
@@ -48,6 +49,7 @@ class Gate(Generic[_Request]):
     """
 
     buckets: Iterable[Bucket]
+    outbox: Outbox = field(init=False, default_factory=Outbox)
     _pool: SlotPool = field(init=False)
     _held: dict[str, _Held] = field(init=False, default_factory=dict)
     _parked: list[list[_Parked[_Request]]] = field(init=False)  # for each bucket, in the order in which they came
@@ -101,6 +103,7 @@ class Gate(Generic[_Request]):
 
     def leave(self, name: str) -> list[tuple[_Request, Slot]]:
         """Gives a request's slot back; returns the requests that may run now, in the order in which they came."""
+        self.outbox.drop(name)
         held = self._held.pop(name, None)
         if held is None:
             return []

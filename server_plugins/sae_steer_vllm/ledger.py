@@ -43,6 +43,11 @@ LEDGER: tuple[Symbol, ...] = (
         until="an open field on EngineCoreOutput",
     ),
     Symbol(
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks",
+        "asks the prefix cache for nothing from the first position on that a request has read",
+        until="a longest hit as a request's own field",
+    ),
+    Symbol(
         "vllm.v1.engine.core:EngineCore.preprocess_add_request",
         "checks a program again, where a fault ends that request alone",
         until=_SEAM,

@@ -16,6 +16,7 @@ from sae_steer.program import Program
 from sae_steer.schema import parse_steering
 from sae_steer.strict_json import loads
 from sae_steer_http.errors import steer_error_response
+from sae_steer_http.replies import program_headers
 from sae_steer_http.service import SteeringService
 from sae_steer_http.steering import compile_steering, profile_of
 from sae_steer_vllm.answers import Answer, BlockLost, Events
@@ -99,7 +100,7 @@ class SteeringMiddleware:
     ) -> None:
         asked.pop(FIELD, None)
         model = asked.get("model")
-        with frontend.collecting(program) as (ticket, collector):
+        with frontend.collecting(program, limited=_says_how_long(asked)) as (ticket, collector):
             asked["vllm_xargs"] = {**(asked.get("vllm_xargs") or {}), ASK: ticket}
             answer = Answer(collector, model, asked.get("n", 1))
             service: SteeringService = scope["app"].state.steering
@@ -135,6 +136,11 @@ def _asked(body: bytes, service: SteeringService | None) -> dict[str, Any] | Non
     strict = loads(body)
     assert isinstance(strict, dict)  # it is the same JSON
     return strict
+
+
+def _says_how_long(asked: Mapping[str, Any]) -> bool:
+    """Whether a body says how many tokens it wants at most; a completion that does not gets OpenAI's 16."""
+    return "messages" not in asked or any(asked.get(k) is not None for k in ("max_tokens", "max_completion_tokens"))
 
 
 def _is_profile(service: SteeringService, model: str) -> bool:
@@ -258,7 +264,7 @@ class _Steered:
                 await self._whole()
 
     async def _begin(self, message: Message) -> None:
-        MutableHeaders(scope=message)["X-Steering-Program"] = self._program.digest
+        MutableHeaders(scope=message).update(program_headers(self._program))
         if Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream"):
             self._events = Events(self._answer)
             await self._send(message)

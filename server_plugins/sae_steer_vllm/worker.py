@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from sae_steer.catalog import Catalog
 from sae_steer.device_step import DeviceStep
 from sae_steer.edit_layer import EditLayer
-from sae_steer.errors import RunFailed, SiteError, SteerError
+from sae_steer.errors import NonFinite, RunFailed, SiteError, SteerError
 from sae_steer.limits import Limits
 from sae_steer.program import Program
+from sae_steer.readings import NOT_FINITE
 from sae_steer.runs import FAILED, TOUCHED, columns
 from sae_steer.sites import Kind, Place, Site
 from sae_steer.slots import Slot, buckets_of
@@ -24,6 +25,7 @@ from sae_steer.wire import parse
 from sae_steer_kernels import warm_up
 from sae_steer_vllm.channel import PROGRAM, SLOT, Snapshot
 from sae_steer_vllm.hooks import install
+from sae_steer_vllm.worker_reads import ReadPlan, StepReads, read_runs
 
 _NONE: frozenset[int] = frozenset()
 
@@ -98,6 +100,7 @@ class _Run:
     slot: Slot
     row: int
     columns: Tensor
+    prompt_length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,7 @@ class _Batch:
         armed: Buckets that have a program at each site.
         ends: Where each steered request's sums end, once they are gathered.
         errors: Requests that could not be steered.
+        plan: What its requests have read; None = nothing.
     """
 
     requests: list[str]
@@ -119,6 +123,7 @@ class _Batch:
     armed: Mapping[Site, frozenset[int]]
     ends: dict[str, int]
     errors: list[str]
+    plan: ReadPlan | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +133,12 @@ class Carried:
     Args:
         sums: ``[N]`` float64, the sums of the step's steered requests, one after the other.
         touched: ``[T]`` bool, the tokens that were touched at any site.
+        reads: ``[n, C]`` float64, what was read; None = nothing.
     """
 
     sums: Tensor
     touched: Tensor
+    reads: Tensor | None = None
 
 
 class Worker:
@@ -199,6 +206,8 @@ class Worker:
         self._agree = agree
         self._errors: dict[str, tuple[str, str]] = {}
         self._batch: _Batch | None = None
+        self._reads: StepReads | None = None
+        self._features = {e.sae.fingerprint: e.sae.spec.n_features for e in catalog.saes.values()}
 
     @property
     def nbytes(self) -> int:
@@ -242,7 +251,7 @@ class Worker:
         if index == 0:
             runs.sums[row, FAILED] = 1.0  # so says an earlier stage of a pipeline to the last, which has loaded it
         used = torch.from_numpy(columns(program, self.sites, runs.rows)).to(runs.device)
-        self._runs[request] = _Run(program, slot, row, used)
+        self._runs[request] = _Run(program, slot, row, used, prompt_length)
 
     def _load(self, program: Program, slot: Slot) -> SteerError | None:
         """Fills a slot that the scheduler gave to a program; what went wrong, here or in a process like this one."""
@@ -282,9 +291,14 @@ class Worker:
         """
         if self._batch is None or self._batch.requests != requests:
             self._batch = self._plan(requests)
-        self.step.fill(self._batch.rows, starts, positions, tokens, count)
+        plan = self._batch.plan
+        self.step.fill(self._batch.rows, starts, positions, tokens, count, plan.gathers if plan is not None else None)
         for editor in self.editors.values():
             editor.arm(self._batch.armed.get(editor.layer.site, _NONE))
+        self._reads = StepReads(plan, self.step.reads) if plan is not None and self.step.reads is not None else None
+        if self._reads is not None:
+            for editor in self.editors.values():
+                self._reads.arm(editor.layer)
 
     def _plan(self, requests: Sequence[str]) -> _Batch:
         """What does not change while the batch holds the same requests."""
@@ -312,7 +326,13 @@ class Worker:
             {site: frozenset(buckets) for site, buckets in armed.items()},
             ends,
             [request for request in requests if request in self._errors],
+            self._read_plan(requests),
         )
+
+    def _read_plan(self, requests: Sequence[str]) -> ReadPlan | None:
+        steered = {name: (run.program, run.slot.bucket, run.prompt_length) for name, run in self._runs.items()}
+        runs = read_runs(requests, steered)
+        return ReadPlan.make(runs, self.sites, self._features, len(requests), self.step.device) if runs else None
 
     def end(self, before: Carried | None) -> Carried | None:
         """Ends the forward pass.
@@ -337,11 +357,20 @@ class Worker:
             # Sites of other stages are zero here. Touched tokens were handed on, and counted anew.
             heads = torch.tensor([0, *list(self._batch.ends.values())[:-1]], device=sums.device)
             sums = sums + before.sums.to(sums.device).index_fill(0, heads + TOUCHED, 0.0)
-        return Carried(sums, touched)
+        reads = None
+        if self._reads is not None:
+            reads = self._reads.matrix(before.reads if before is not None else None)
+            for editor in self.editors.values():
+                editor.layer.readouts = ()
+        return Carried(sums, touched, reads)
 
     def snapshot(self, done: Carried | None) -> Snapshot | None:
         """What the scheduler gets of a step, from the last stage; None where no request was steered."""
         errors = {request: self._errors[request] for request in self._batch.errors} if self._batch is not None else {}
         if done is None or self._batch is None:
             return Snapshot({}, np.zeros(0), errors) if errors else None
-        return Snapshot(self._batch.ends, done.sums.cpu().numpy(), errors)
+        found = Snapshot(self._batch.ends, done.sums.cpu().numpy(), errors)
+        if self._reads is not None and done.reads is not None:
+            found.reads, found.stops, broken = self._reads.split(done.reads)
+            found.errors.update((name, (NonFinite.code, NOT_FINITE)) for name in broken)
+        return found

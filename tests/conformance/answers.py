@@ -44,6 +44,7 @@ class Choice:
         tokens: Ids of the completion.
         logprobs: Their log-probabilities.
         applied: The ``applied`` block.
+        read: The ``readings`` and ``triggers`` beside it.
         error: Code of the error that it ended with.
         cached: Tokens of the prompt that came from a prefix cache.
     """
@@ -53,6 +54,7 @@ class Choice:
     applied: dict[str, Any] | None = None
     error: str | None = None
     cached: int = 0
+    read: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Expected:
         error: Code of the error.
         applied: From the number of cached prompt tokens to the ``applied`` block.
         cached: What vLLM must take from its cache.
+        read: As in :class:`Choice`; None = nothing was asked.
     """
 
     tokens: list[int]
@@ -76,6 +79,7 @@ class Expected:
     error: str | None
     applied: Callable[[int], dict[str, Any] | None]
     cached: int | None
+    read: dict[str, Any] | None = None
 
 
 class Path(Protocol):
@@ -96,6 +100,11 @@ class Path(Protocol):
             For each wave and request, its choices.
         """
         ...
+
+
+def read_part(block: dict[str, Any]) -> dict[str, Any] | None:
+    """What was read, of the block of a choice; None where nothing was asked."""
+    return {key: block[key] for key in ("readings", "triggers")} if "readings" in block else None
 
 
 def faults(
@@ -129,7 +138,16 @@ def _faults(want: Expected, have: Choice, *, caches: bool) -> list[str]:
         found.append(f"a log-probability is off by {worst:.2g}")
     if caches and want.cached is not None and have.cached != want.cached:
         found.append(f"{have.cached} prompt tokens from the cache, not {want.cached}")
-    return found + _differences("applied", have.applied, want.applied(have.cached))
+    found += _differences("applied", have.applied, want.applied(have.cached))
+    return found + _differences("read", *(_without_texts(read) for read in (have.read, want.read)))
+
+
+def _without_texts(read: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Readings without the texts of their tokens, which ``attach`` cannot tell, and which follow from the ids."""
+    if read is None:
+        return None
+    readings = [{k: v for k, v in reading.items() if k != "text"} for reading in read["readings"]]
+    return {"readings": readings, "triggers": read["triggers"]}
 
 
 def _differences(path: str, have: Any, want: Any) -> list[str]:

@@ -23,6 +23,7 @@ from sae_steer.sites import Site
 from tests import reference_model
 from tests.conformance.answers import Asked, Choice, Expected
 from tests.conformance.cases import PROMPTS, SITES, Ask, Case
+from tests.conformance.read_definition import read_by_definition
 from tests.steered_models import SteeredModel
 
 _VECTORS = VectorValueEdit | VectorScaleEdit | VectorAblateEdit
@@ -90,7 +91,8 @@ class Definition:
     def _choice(self, asked: Asked) -> Choice:
         found = self._greedy(asked.prompt, asked.steering, asked.tokens)
         applied, failed = self._applied(asked, found, 0)
-        return Choice(found.tokens, found.logprobs, applied, "dose_exceeded" if failed else None)
+        read = read_by_definition(asked, found.tokens, found.sites, self.catalog)
+        return Choice(found.tokens, found.logprobs, applied, "dose_exceeded" if failed else None, read=read)
 
     def _expected(self, ask: Ask, asked: Asked) -> Expected:
         found = self._greedy(asked.prompt, asked.steering, asked.tokens)
@@ -102,6 +104,7 @@ class Definition:
             ask.fails,
             lambda cached: self._applied(asked, found, cached)[0],
             ask.cached,
+            read_by_definition(asked, found.tokens, found.sites, self.catalog),
         )
 
     def _greedy(self, prompt: Sequence[int], steering: dict[str, Any] | None, tokens: int) -> _Greedy:
@@ -181,7 +184,12 @@ class Definition:
                 after.append(
                     new_value(edit, n, f, self._unit(edit, feature, x)) if gate_holds(edit, x, self.catalog) else f
                 )
-            named = {"vector": edit.vector} if isinstance(edit, _VECTORS) else {"sae": edit.sae, "feature": feature}
+            if isinstance(edit, _VECTORS):
+                named: dict[str, Any] = {"vector": edit.vector}
+                named["fingerprint"] = self.catalog.vector(edit.vector).fingerprint
+            else:
+                named = {"sae": edit.sae, "feature": feature}
+                named["fingerprint"] = self.catalog.sae(edit.sae).sae.fingerprint
             entries.append(
                 {"site": str(site)}
                 | named

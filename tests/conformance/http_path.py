@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 from openai import APIStatusError, OpenAI
 
-from tests.conformance.answers import Asked, Choice
+from tests.conformance.answers import Asked, Choice, read_part
 from tests.conformance.cases import CACHE_BLOCKS, CONTEXT, STEP_TOKENS, Files
 from tests.vllm.conftest import NAME, Setup, VllmServer
 
@@ -80,6 +80,7 @@ class Http:
                 tokens=choice.model_extra["token_ids"],
                 logprobs=choice.logprobs.token_logprobs,
                 applied=choice.model_extra.get("steering", {}).get("applied"),
+                read=read_part(choice.model_extra.get("steering", {})),
                 cached=details.cached_tokens or 0 if details is not None else 0,
             )
             for choice in reply.choices

@@ -19,7 +19,8 @@ from sae_steer.runtime import Runtime
 from sae_steer.schema import parse_steering
 from sae_steer.sites import Site
 from sae_steer_server.engine.engine import Chunk, Engine, Sampling
-from tests.conformance.answers import Asked, Choice
+from sae_steer_server.http.generation import Outcome
+from tests.conformance.answers import Asked, Choice, read_part
 from tests.conformance.cases import CONTEXT, LIMITS, SAE, SITES, Files
 
 
@@ -66,9 +67,16 @@ class Attached:
         tokens = out.sequences[:, longest:]
         logprobs = torch.stack(out.logits, dim=1).log_softmax(-1).gather(2, tokens[:, :, None])[:, :, 0]
         choices = [
-            Choice(t, p, applied) for t, p, applied in zip(tokens.tolist(), logprobs.tolist(), reports, strict=True)
+            _choice(t, p, report) for t, p, report in zip(tokens.tolist(), logprobs.tolist(), reports, strict=True)
         ]
         return [choices[i * n : (i + 1) * n] for i in range(len(asked))]
+
+
+def _choice(tokens: list[int], logprobs: list[float], report: dict[str, Any] | None) -> Choice:
+    applied, read = {**report} if report is not None else None, None
+    if applied is not None and "readings" in applied:
+        read = {key: applied.pop(key) for key in ("readings", "triggers")}
+    return Choice(tokens, logprobs, applied, read=read)
 
 
 def _batches(wave: list[Asked]) -> Iterator[list[int]]:
@@ -137,7 +145,18 @@ class Embedded:
         except RunFailed as error:
             return Choice([], [], error=error.code)
         entries = [entry for chunk in chunks for entry in chunk.logprobs]
-        return Choice([e.token for e in entries], [e.logprob for e in entries], chunks[-1].applied)
+        block = _joined(chunks)
+        return Choice(
+            [e.token for e in entries], [e.logprob for e in entries], block.get("applied"), read=read_part(block)
+        )
+
+
+def _joined(chunks: list[Chunk]) -> dict[str, Any]:
+    """Steering's block of a stream."""
+    outcome = Outcome()
+    for chunk in chunks:
+        outcome.add(chunk)
+    return outcome.steering or {}
 
 
 @contextmanager

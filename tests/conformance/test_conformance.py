@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 
@@ -56,9 +57,22 @@ class TestDefinition:
                     continue
                 applied = want.applied(0)
                 assert applied is not None
+                if want.read is not None:
+                    _shows(want.read)
+                if not (ask.steering.get("interventions") or ask.steering.get("profiles")):
+                    assert want.tokens == want.plain
+                    continue
                 assert applied["fired"] > 0
                 if ask.fails is None:
                     assert want.tokens != want.plain, "the edit moves no token"
+
+
+def _shows(read: dict[str, Any]) -> None:
+    """Every reading has a feature that fires, and every trigger fires."""
+    for one in read["readings"]:
+        sums = one["summary"] + one.get("top_summary", [])
+        assert any(each["fired"] > 0 for each in sums), sums
+    assert all(each["fired"] for each in read["triggers"])
 
 
 @pytest.fixture(scope="class")

@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
-from tests.conformance.answers import Asked, Choice
+from tests.conformance.answers import Asked, Choice, read_part
 from tests.conformance.wrong import switched_on
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ def _choices(output: "RequestOutput") -> list[Choice]:
         tokens = list(choice.token_ids)
         logprobs = [at[token].logprob for token, at in zip(tokens, choice.logprobs or (), strict=True)]
         error = block.get("error", {}).get("code")
-        found.append(Choice(tokens, logprobs, block.get("applied"), error, output.num_cached_tokens or 0))
+        cached = output.num_cached_tokens or 0
+        found.append(Choice(tokens, logprobs, block.get("applied"), error, cached, read_part(block)))
     return found
 
 

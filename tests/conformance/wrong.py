@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from sae_steer.device_reads import DeviceReads
 from sae_steer.device_step import DeviceStep
 from sae_steer.program import Footprint, Program, Row
+from sae_steer.readings import Reader
 from sae_steer.runs import RunTable
 from sae_steer.slots import Slot, SlotPool
-from sae_steer_vllm import frontend, worker
+from sae_steer_vllm import frontend, worker, worker_reads
 from sae_steer_vllm.gate import Gate
+from sae_steer_vllm.outbox import Outbox
 from sae_steer_vllm.worker import Editor, Worker
 
 Patch = tuple[Any, str, Callable[[Any], Any]]
@@ -97,10 +100,10 @@ def _completion_from_p(original: Any) -> Any:
 
 
 def _positions_from_the_step(original: Any) -> Any:
-    def fill(self: DeviceStep, rows: Any, starts: Any, positions: Any, tokens: Any, count: int) -> None:
+    def fill(self: DeviceStep, rows: Any, starts: Any, positions: Any, tokens: Any, count: int, *more: Any) -> None:
         place = torch.arange(count)
         request = torch.searchsorted(starts[1 : rows[0].size + 1].long().contiguous(), place, right=True)
-        original(self, rows, starts, place - starts[request], tokens, count)
+        original(self, rows, starts, place - starts[request], tokens, count, *more)
 
     return fill
 
@@ -151,6 +154,23 @@ def _wide_idle(original: Any) -> Any:
     return lambda self, buckets: original(self, buckets & {0})
 
 
+def _next_token(original: Any) -> Any:
+    return lambda gathers, wanted, *args: original(gathers, wanted.roll(1), *args)
+
+
+def _off_by_one(original: Any) -> Any:
+    return lambda self, positions, *args: original(self, positions + 1, *args)
+
+
+def _last_step(original: Any) -> Any:
+    def put(self: Outbox, reads: Any, stops: Any) -> None:
+        for name in reads:
+            self.take(name)
+        original(self, reads, stops)
+
+    return put
+
+
 def _digest_alone(original: Any) -> Any:
     return lambda self, start, end: self.digest if original(self, start, end) is not None else None
 
@@ -187,6 +207,13 @@ VARIANTS: dict[str, Patch] = {
     "slot freed by the first who leaves": (SlotPool, "release", _freed_early),
     "no waiting": (Gate, "enter", _no_waiting),
     "counted again after a preemption": (RunTable, "finish", _counted_again),
+    # What is read.
+    "f' read for f": (worker_reads, "read_rows", lambda original: lambda p, n, f, g, tops: original(p, n, g, g, tops)),
+    "f read for f'": (worker_reads, "read_rows", lambda original: lambda p, n, f, g, tops: original(p, n, f, f, tops)),
+    "positions of what is read off by one": (Reader, "take", _off_by_one),
+    "read of the next token": (DeviceReads, "of", _next_token),
+    "readings of the last step alone": (Outbox, "put", _last_step),
+    "hit beyond what is read": (Program, "first_read", lambda original: lambda self, prompt_length: None),
     # What is shared.
     "no cache key": (Footprint, "key", lambda original: lambda self, start, end: None),
     "digest alone as the cache key": (Footprint, "key", _digest_alone),

@@ -171,15 +171,14 @@ def documents(draw: st.DrawFn, **pools: Any) -> Json:
     """A well-formed ``steering`` field; ``pools`` are the arguments of :func:`interventions`."""
     saes: st.SearchStrategy[str] = pools.get("saes", names)
     features: st.SearchStrategy[int] = pools.get("features", indices)
-    readings = _with_some(
-        {"sae": saes},
-        {
-            "features": st.lists(features, max_size=3),
-            "top_k": st.integers(0, 1024),
-            "positions": positions,
-            "at": st.sampled_from(["before", "after"]),
-        },
+    how: Json = {"positions": positions, "at": st.sampled_from(["before", "after"]), "per_token": st.booleans()}
+    named = _with_some(
+        {"sae": saes, "features": st.lists(features, min_size=1, max_size=3, unique=True)},
+        how | {"top_k": st.integers(0, 128)},
     )
+    largest = _with_some({"sae": saes, "top_k": st.integers(1, 128)}, how | {"features": st.just([])})
+    reading = named | largest
+    readings = reading | st.lists(reading, min_size=1, max_size=3)
     trigger = st.fixed_dictionaries(
         {"sae": saes, "feature": features, "above": numbers, "action": st.sampled_from(["stop", "flag"])}
     )

@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sae_steer import read_compiler
 from sae_steer.catalog import Catalog, CatalogSae
 from sae_steer.compiler import MAX_SELECTORS
 from sae_steer.errors import RequestError
 from sae_steer.limits import Limits
-from sae_steer.program import Phase, Program
+from sae_steer.program import Footprint, Phase, Program
 from sae_steer.sae import open_sae
-from sae_steer.schema import parse_profile
+from sae_steer.schema import MAX_READ_FEATURES, parse_profile
 from sae_steer.sites import Site
 from tests.sae_files import write_saelens
 from tests.sae_steer.helpers import (
@@ -143,11 +144,34 @@ REFUSALS: dict[str, tuple[Json, str, str]] = {
     ),
     # later
     "app": (steering(APP), "unsupported", f"{HERE}.op"),
-    "readings": ({"readings": {"sae": "r1", "top_k": 1}}, "unsupported", "steering.readings"),
-    "triggers": (
+    "stop": (
         {"on": [{"sae": "r1", "feature": 1, "above": 1, "action": "stop"}]},
         "unsupported",
-        "steering.on",
+        "steering.on[0].action",
+    ),
+    # readings and triggers
+    "read of an unknown sae": ({"readings": {"sae": "none", "features": [1]}}, "unknown_sae", "steering.readings.sae"),
+    "read of an unknown feature": (
+        {"readings": [{"sae": "r1", "features": [1]}, {"sae": "r1", "features": [2, FEATURES]}]},
+        "unknown_feature",
+        "steering.readings[1].features[1]",
+    ),
+    "read of a topk": ({"readings": {"sae": "tk", "features": [1]}}, "unsupported", "steering.readings.sae"),
+    "top_k of a part": ({"readings": {"sae": "r1b", "top_k": 1}}, "unsupported", "steering.readings.top_k"),
+    "top_k beyond the dictionary": (
+        {"readings": {"sae": "w1", "top_k": FEATURES + 1}},
+        "out_of_range",
+        "steering.readings.top_k",
+    ),
+    "trigger of an unknown sae": (
+        {"on": [{"sae": "none", "feature": 1, "above": 1, "action": "flag"}]},
+        "unknown_sae",
+        "steering.on[0].sae",
+    ),
+    "trigger of an unknown feature": (
+        {"on": [{"sae": "r1", "feature": FEATURES, "above": 1, "action": "flag"}]},
+        "unknown_feature",
+        "steering.on[0].feature",
     ),
     # profiles of another time
     "fingerprint": ({"profiles": ["stale"]}, "fingerprint_mismatch", "steering.profiles[0]"),
@@ -424,7 +448,8 @@ def test_a_well_formed_document_compiles_or_is_refused_as_a_request(
     refusal: RequestError | None = None
     try:
         compiled = compile_doc(document, catalog, bos=bos)
-        assert (compiled is None) == (not document.get("interventions"))
+        asks = document.get("interventions") or document.get("readings") is not None or document.get("on")
+        assert (compiled is None) == (not asks)
     except RequestError as error:
         refusal = error
     if refusal is not None:
@@ -490,6 +515,8 @@ def test_an_edit_that_was_overridden_leaves_nothing_behind(catalog: Catalog) -> 
 
 
 GATE: Json = {"sae": "r1", "feature": 9, "above": 1.0}
+READ: Json = {"sae": "r1", "features": [3, 9]}
+FLAG: Json = {"sae": "r1", "feature": 3, "above": 1.0, "action": "flag"}
 DIFFERENT: dict[str, Json] = {
     "base": steering(edit()),
     "feature": steering(edit(features=[4])),
@@ -529,7 +556,73 @@ DIFFERENT: dict[str, Json] = {
     "dose action": steering(edit(), dose={"limit": 0.5, "on_dose": "scale"}),
     "whole": steering(edit(sae="w1")),
     "drop": steering(edit(sae="w1"), error="drop"),
+    "read": steering(edit(), readings=READ),
+    "read alone": {"readings": READ},
+    "read another": {"readings": READ | {"features": [4]}},
+    "read in another order": {"readings": READ | {"features": [9, 3]}},
+    "read after": {"readings": READ | {"at": "after"}},
+    "read the prompt": {"readings": READ | {"positions": "prompt"}},
+    "read in all": {"readings": READ | {"per_token": False}},
+    "read twice": {"readings": [READ, READ]},
+    "read the largest": {"readings": {"sae": "w1", "top_k": 2}},
+    "trigger": {"on": [FLAG]},
+    "trigger above": {"on": [FLAG | {"above": 2.0}]},
+    "trigger feature": {"on": [FLAG | {"feature": 4}]},
 }
+
+
+def test_one_request_has_so_many_features_read(catalog: Catalog) -> None:
+    """Distinct readings of one feature count as many times as they are told; a slot holds it once."""
+    assert MAX_READ_FEATURES == 1024
+    many = {"readings": [{"sae": "r1", "features": list(range(FEATURES))}] * 8}
+    assert compile_doc(many, catalog) is not None
+    for most, code in ((8 * FEATURES, None), (8 * FEATURES - 1, "limit_exceeded")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(read_compiler, "MAX_READ_FEATURES", most)
+            assert (refused(many, catalog).code if code else compile_doc(many, catalog) and None) == code
+    narrow = Limits(rows=4, wide_programs=0)
+    error = refused({"readings": {"sae": "r1", "features": [1, 2, 3, 4, 5]}}, catalog, limits=narrow)
+    assert (error.code, error.param) == ("limit_exceeded", "steering.readings")
+
+
+READ_ONLY: list[Json] = [
+    {"readings": READ},
+    {"on": [FLAG], "readings": [READ | {"positions": "prompt"}, {"sae": "w1", "top_k": 2}]},
+    {"readings": {"sae": "r0", "features": [5, 3], "positions": {"ranges": [[1, 2]]}}},
+]
+
+
+@settings(max_examples=60)
+@given(documents(**GOOD), st.sampled_from(READ_ONLY))
+def test_what_is_read_changes_no_edit(catalog: Catalog, document: Json, more: Json) -> None:
+    """The digest that sets cached keys and values apart is that of the edits alone."""
+    document, _ = _compilable({k: v for k, v in document.items() if k not in ("readings", "on")}, catalog)
+    plain, reads = compile_doc(document, catalog), compile_doc(document | more, catalog)
+    assert plain is not None
+    assert reads is not None
+    assert reads.edits == plain
+    assert reads.edits.digest == plain.digest != reads.digest
+    assert Footprint.of(reads, 7) == Footprint.of(plain, 7)
+    assert plain.first_read(7) is None
+
+
+def test_what_is_only_read_is_in_no_footprint(catalog: Catalog) -> None:
+    for document in READ_ONLY:
+        compiled = compile_doc(document, catalog)
+        assert compiled is not None
+        assert compiled.edits is None
+        assert Footprint.of(compiled, 7).key(0, 64) is None
+
+
+def test_the_first_position_that_is_read(catalog: Catalog) -> None:
+    firsts = {"all": 0, "prompt": 0, "completion": 6}
+    for positions, first in firsts.items():
+        compiled = compile_doc({"readings": READ | {"positions": positions}}, catalog)
+        assert compiled is not None
+        assert compiled.first_read(7) == first
+    ranges = compile_doc({"readings": READ | {"positions": {"ranges": [[9, 12], [4, 5]]}}, "on": [FLAG]}, catalog)
+    assert ranges is not None
+    assert (ranges.first_read(7), ranges.first_read(3)) == (4, 2)
 
 
 def test_different_meanings_have_different_digests(catalog: Catalog) -> None:

@@ -111,6 +111,7 @@ def test_the_block_of_an_answer() -> None:
                 "site": "resid_post.1",
                 "sae": "res",
                 "feature": 4,
+                "fingerprint": "sha256:a",
                 "op": "clamp",
                 "tokens": 6,
                 "fired": 5,
@@ -120,6 +121,7 @@ def test_the_block_of_an_answer() -> None:
             {
                 "site": "resid_post.1",
                 "vector": "honest",
+                "fingerprint": "sha256:v",
                 "op": "add",
                 "tokens": 4,
                 "fired": 4,

@@ -149,8 +149,8 @@ BESIDE = {
     "override": "test_compiler: override replaces only what is named",
     "error": "below",
     "dose": "below",
-    "readings": "refused by capabilities",
-    "on": "refused by capabilities",
+    "readings": "test_readings: every field changes what is told",
+    "on": "test_readings: a trigger fires where its feature is above its threshold",
 }
 
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sae_steer_server.engine.detokenize import Detokenizer, StopTexts, TokenTexts
+from sae_steer.token_texts import TokenTexts
+from sae_steer_server.engine.detokenize import Detokenizer, StopTexts
 from tests.server.engine_host import tiny_tokenizer
 
 TINY = tiny_tokenizer()

@@ -126,8 +126,8 @@ def mixture(host: Host) -> list[tuple[Any, ...]]:
 
 
 def counts(answer: Answer) -> tuple[int, int] | None:
-    applied = answer.chunks[-1].applied
-    return (applied["tokens"], applied["fired"]) if applied is not None else None
+    block = answer.chunks[-1].steering
+    return (block["applied"]["tokens"], block["applied"]["fired"]) if block is not None else None
 
 
 def test_neighbours_change_nothing() -> None:
@@ -180,10 +180,10 @@ def test_a_full_cache_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
             assert len(set(resets)) > 2
             for i, (prompt, _, steered) in enumerate(asked):
                 if steered is not None:
-                    applied = together[i].chunks[-1].applied
-                    assert applied is not None
+                    block = together[i].chunks[-1].steering
+                    assert block is not None
                     # The last prompt token and all completion tokens but the last are computed: nothing twice.
-                    assert applied["tokens"] == len(together[i].tokens), len(prompt)
+                    assert block["applied"]["tokens"] == len(together[i].tokens), len(prompt)
 
     asyncio.run(scenario())
 
@@ -240,9 +240,9 @@ def test_stop_texts_end_the_request_at_once(assets: Path) -> None:
                 count = len(answer.tokens)
                 assert stop in tokenizer.decode(whole.tokens[:count])
                 # No forward pass ran for it beyond the one that completed the stop text.
-                applied = answer.chunks[-1].applied
-                assert applied is not None
-                assert applied["tokens"] == len(prompt) + count - 1
+                block = answer.chunks[-1].steering
+                assert block is not None
+                assert block["applied"]["tokens"] == len(prompt) + count - 1
             await host.settled()
 
     asyncio.run(scenario())

@@ -115,8 +115,8 @@ def test_faults_are_named_as_the_client_wrote_them(client: httpx.Client) -> None
         ({"interventions": [CLAMP | {"features": [32]}]}, "steering.interventions[0].features[0]", "unknown_feature"),
         ({"interventions": [CLAMP | {"features": list(range(13))}]}, "steering.interventions", "limit_exceeded"),
         ({"error": "drop", "interventions": [CLAMP]}, "steering.error", "unsupported"),
-        ({"readings": {"sae": "last"}, "interventions": [CLAMP]}, "steering.readings", "unsupported"),
-        ({"readings": {"sae": "last"}}, "steering.readings", "unsupported"),
+        ({"readings": {"sae": "last"}, "interventions": [CLAMP]}, "steering.readings", "invalid_steering"),
+        ({"readings": {"sae": "last", "top_k": 3}}, "steering.readings.top_k", "unsupported"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(

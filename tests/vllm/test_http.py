@@ -50,7 +50,9 @@ def asking(*interventions: Json, **more: Any) -> Json:
 
 PROGRAMS = [
     asking(clamp(TRAINS)),
-    asking(clamp(SPACE, positions="completion")),
+    asking(
+        clamp(SPACE, positions="completion"), readings={"sae": SAE, "features": [SEA], "top_k": 2, "positions": "all"}
+    ),
     asking(clamp(MUSIC, positions="prompt"), edit([SEA], "ablate")),
     asking(clamp(SCHOOL, positions={"ranges": [[5, 20], [44, 50]]})),
     asking(clamp(SNOW), dose={"limit": 0.5, "on_dose": "scale"}),

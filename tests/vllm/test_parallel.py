@@ -210,7 +210,8 @@ def test_two_api_servers_return_their_blocks(
 ) -> None:
     features = (TRAINS, SEA, SPACE, MUSIC)
     edits = [_edit(embedded.SAE_NAME, feature, 40.0) for feature in features]
-    asked = [Ask(model.prompt, {"interventions": [edit]}) for edit in edits] + [Ask(model.prompt)]
+    read = {"sae": embedded.SAE_NAME, "features": [SEA, TRAINS], "top_k": 2, "positions": "all"}
+    asked = [Ask(model.prompt, {"interventions": [edit], "readings": read}) for edit in edits] + [Ask(model.prompt)]
     asked = asked * 4
     arguments = ("--api-server-count", "2", "--enable-log-requests", *arguments)
     setup = Setup(plugin_config(), arguments=arguments, environment=dict(TWO_WORKERS))
@@ -222,6 +223,10 @@ def test_two_api_servers_return_their_blocks(
         here = logprobs[len(ask.prompt) - 1 :]
         assert float((here.max(dim=1).values - here.gather(1, torch.tensor(tokens)[:, None])[:, 0]).max()) < 1e-3
         assert (block is None) == (ask.steering is None)
+        if block is not None:
+            reads = [{key: value for key, value in one.items() if key != "text"} for one in block["readings"]]
+            assert not differences("readings", reads, applied.pop("readings"))
+            assert not applied.pop("triggers")
         assert not differences("applied", block and block["applied"], applied)
     answered = set(re.findall(r"\(ApiServer_(\d) pid=\d+\).*Received request cmpl-", log))
     assert answered == {"0", "1"}, "one of the two answered all requests"

@@ -6,9 +6,10 @@ vocabularies of 361 and 512 tokens).
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
+
+from sae_steer.token_texts import decode
 
 _UNKNOWN = "\ufffd"
 # A character has at most four bytes. Longer stretches that end in U+FFFD are no text, and how many U+FFFD they are
@@ -62,7 +63,7 @@ class Detokenizer:
         return self._decode(self._pending)
 
     def _decode(self, tokens: list[int]) -> str:
-        return _decode(self._tokenizer, tokens, skip_special_tokens=True)
+        return decode(self._tokenizer, tokens, skip_special_tokens=True)
 
 
 class StopTexts:
@@ -104,26 +105,3 @@ class StopTexts:
         told, rest = self._held[:count], self._held[count:]
         self._held = rest if keep else ""
         return told
-
-
-class TokenTexts:
-    """The text of single tokens, as log-probabilities name them; U+FFFD for bytes that are no character."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        # Beside a plain letter, so that a leading space shows.
-        self._letter: list[int] = tokenizer.encode("a", add_special_tokens=False)[-1:]
-        self._before = len(self._decode(self._letter))
-        self.text = lru_cache(maxsize=65536)(self._text)
-
-    def _text(self, token: int) -> str:
-        return self._decode([*self._letter, token])[self._before :]
-
-    def _decode(self, tokens: list[int]) -> str:
-        return _decode(self._tokenizer, tokens, skip_special_tokens=False)
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int], *, skip_special_tokens: bool) -> str:
-    text = tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)  # a list only for a list of lists
-    return text

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sae_steer.errors import EngineDown, LimitExceeded, RequestError
 from sae_steer.program import Program
 from sae_steer.runtime import Runtime
+from sae_steer.token_texts import TokenTexts
 from sae_steer_server.engine.admission import Admission, SlotMetrics
 from sae_steer_server.engine.batching import Batch
-from sae_steer_server.engine.detokenize import Detokenizer, TokenTexts
+from sae_steer_server.engine.detokenize import Detokenizer
 from sae_steer_server.engine.request import Chunk, Request, TokenLogprob
 from sae_steer_server.engine.sampling import Sampling
 from sae_steer_server.engine.steps import StepMetrics, Steps

@@ -5,13 +5,15 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
 from sae_steer.errors import SteerError
+from sae_steer.readings import TextOf
 from sae_steer.report import Run
-from sae_steer_server.engine.detokenize import Detokenizer, StopTexts, TokenTexts
+from sae_steer.token_texts import TokenTexts
+from sae_steer_server.engine.detokenize import Detokenizer, StopTexts
 from sae_steer_server.engine.sampling import Sampling
 
 FinishReason = Literal["stop", "length"]
@@ -43,14 +45,33 @@ class Chunk:
         tokens: Number of new completion tokens; one that ends the sequence counts, and has no text.
         logprobs: One for each new token, where they were asked for.
         finish_reason: In the last chunk, why it is the last.
-        applied: In the last chunk of a steered request, what steering did.
+        steering: Of a steered request, steering's block, as far as it is new: in the last chunk what was done and what
+            was read in all, in those before it what was read of single tokens; None = nothing.
+        values: How many activations of single tokens there were so far.
     """
 
     text: str
     tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
-    applied: dict[str, Any] | None = None
+    steering: dict[str, Any] | None = None
+    values: int = 0
+
+
+class Reports(Protocol):
+    """What is told of a run."""
+
+    def report(self, run: Run) -> dict[str, Any]:
+        """The ``applied`` block."""
+        ...
+
+    def new_readings(self, run: Run, text_of: TextOf) -> list[dict[str, Any]] | None:
+        """What was read of tokens since the last call."""
+        ...
+
+    def readings(self, run: Run, text_of: TextOf) -> dict[str, Any]:
+        """The rest of that, with the sums and the triggers."""
+        ...
 
 
 class Request:
@@ -96,28 +117,47 @@ class Request:
             raise item
         return item
 
-    def take(self, tokens: Sequence[int], *, finished: bool, report: Callable[[Run], dict[str, Any]]) -> None:
+    def take(self, tokens: Sequence[int], *, finished: bool, reports: Reports) -> None:
         """Tells the tokens that are new, in the engine's thread. Sets :attr:`over` at the last one.
 
         Args:
             tokens: All completion tokens so far.
             finished: Whether the scheduler has ended the request.
-            report: Makes the ``applied`` block.
+            reports: Tells what was done to it.
         """
         while self._seen < len(tokens) and not self.over:
             token = tokens[self._seen]
             self._seen += 1
             last = finished and self._seen == len(tokens)
             ended = token in self._eos
+            fired = self._fired()
             text = "" if ended else self._stop.push(self._detokenizer.push(token))
-            if (ended or last) and not self._stop.found:
+            if (ended or fired or last) and not self._stop.found:
                 text += self._stop.push(self._detokenizer.finish())
                 text += self._stop.finish()
-            stopped = ended or self._stop.found
+            stopped = ended or fired or self._stop.found
             reason: FinishReason | None = "stop" if stopped else "length" if last else None
             self.over = reason is not None
-            applied = report(self.run) if self.over and self.run is not None else None
-            self._post(Chunk(text, 1, self._logprob(token), reason, applied))
+            self._post(Chunk(text, 1, self._logprob(token), reason, self._steering(reports), self._values()))
+
+    def _values(self) -> int:
+        """Activations of single tokens that were read in all."""
+        return self.run.reader.told if self.run is not None and self.run.reader is not None else 0
+
+    def _fired(self) -> bool:
+        """Whether a trigger has ended the answer with the token that was sampled last."""
+        if self.run is None or self.run.reader is None or self.run.reader.stop is None:
+            return False
+        return self.run.prompt_length + self._seen - 2 >= self.run.reader.stop  # the position before that token
+
+    def _steering(self, reports: Reports) -> dict[str, Any] | None:
+        """Steering's block, as far as it is new."""
+        if self.run is None:
+            return None
+        if self.over:
+            return {"applied": reports.report(self.run)} | reports.readings(self.run, self._texts.text)
+        new = reports.new_readings(self.run, self._texts.text)
+        return {"readings": new} if new is not None else None
 
     def fail(self, error: SteerError) -> None:
         """Ends the request with an error, from any thread; does nothing where it is over."""

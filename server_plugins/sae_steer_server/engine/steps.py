@@ -142,7 +142,7 @@ class Steps:
             request.fail(EngineDown(f"The engine stopped while the request ran: {error}"))
         with self._contained([request]):
             if not request.over:
-                request.take(tokens, finished=finished, report=self._runtime.report)
+                request.take(tokens, finished=finished, reports=self._runtime)
         if finished:
             self.dropped(id_)
         elif request.over:

@@ -39,7 +39,7 @@ class ChatForm:
                 message=AssistantMessage(role="assistant", content=outcome.text, refusal=None),
                 logprobs=self._chat_logprobs(outcome.logprobs),
                 finish_reason=outcome.finish_reason,  # type: ignore[arg-type]  # every outcome is finished here
-                **choice_steering(outcome.applied),
+                **choice_steering(outcome.steering),
             )
             for i, outcome in enumerate(outcomes)
         ]
@@ -63,7 +63,7 @@ class ChatForm:
             delta=Delta(content=chunk.text) if chunk.text else Delta(),
             logprobs=self._chat_logprobs(chunk.logprobs),
             finish_reason=chunk.finish_reason,
-            **choice_steering(chunk.applied),
+            **choice_steering(chunk.steering),
         )
         return self._chunk(job, choice)
 

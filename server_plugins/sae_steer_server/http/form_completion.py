@@ -33,7 +33,7 @@ class CompletionForm:
                 text=outcome.text,
                 logprobs=self._completion_logprobs(outcome.logprobs, 0),
                 finish_reason=outcome.finish_reason,  # type: ignore[arg-type]  # every outcome is finished here
-                **choice_steering(outcome.applied),
+                **choice_steering(outcome.steering),
             )
             for i, outcome in enumerate(outcomes)
         ]
@@ -55,7 +55,7 @@ class CompletionForm:
             text=chunk.text,
             logprobs=self._completion_logprobs(chunk.logprobs, before.characters),
             finish_reason=chunk.finish_reason,
-            **choice_steering(chunk.applied),
+            **choice_steering(chunk.steering),
         )
         return self._chunk(job, [choice], pending_usage(job))
 

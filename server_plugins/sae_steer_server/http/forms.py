@@ -31,9 +31,9 @@ class Form(Protocol):
         ...
 
 
-def choice_steering(applied: dict[str, Any] | None) -> dict[str, ChoiceSteering]:
-    """The field ``steering`` of a choice, where it was steered."""
-    return {"steering": ChoiceSteering.model_validate({"applied": applied})} if applied is not None else {}
+def choice_steering(block: dict[str, Any] | None) -> dict[str, ChoiceSteering]:
+    """The field ``steering`` of a choice, where there is anything to tell."""
+    return {"steering": ChoiceSteering.model_validate(block)} if block is not None else {}
 
 
 def pending_usage(job: Job) -> dict[str, Any]:

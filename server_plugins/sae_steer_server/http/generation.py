@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 from sae_steer.errors import RunFailed
 from sae_steer.program import Program
-from sae_steer_http.replies import ProgramSummary
+from sae_steer.readings import extend
+from sae_steer_http.readings import ReadingBudget
+from sae_steer_http.replies import ProgramSummary, edits_digest, program_headers
 from sae_steer_server.engine.engine import Chunk, TokenLogprob
 from sae_steer_server.engine.sampling import Sampling
 from sae_steer_server.http.replies import Usage
@@ -51,12 +53,12 @@ class Job:
         """The fields that every answer and every event of the request has."""
         head: dict[str, Any] = {"created": self.created, "model": self.model, "system_fingerprint": None}
         if self.program is not None:
-            head["steering"] = ProgramSummary(program=self.program.digest)
+            head["steering"] = ProgramSummary(program=edits_digest(self.program))
         return head
 
     def headers(self) -> dict[str, str]:
         """Headers of the answer."""
-        return {"X-Steering-Program": self.program.digest} if self.program is not None else {}
+        return program_headers(self.program)
 
 
 @dataclass(slots=True)
@@ -72,7 +74,7 @@ class Outcome:
     characters: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
-    applied: dict[str, Any] | None = None
+    steering: dict[str, Any] | None = None
 
     def add(self, chunk: Chunk) -> None:
         """Adds what came."""
@@ -81,7 +83,12 @@ class Outcome:
         self.characters += sum(len(token.text) for token in chunk.logprobs)
         self.logprobs.extend(chunk.logprobs)
         self.finish_reason = chunk.finish_reason
-        self.applied = chunk.applied
+        if chunk.steering is not None:
+            have = self.steering or {}
+            self.steering = have | chunk.steering
+            if "readings" in chunk.steering:
+                self.steering["readings"] = have.get("readings", [])
+                extend(self.steering["readings"], chunk.steering["readings"])
 
 
 def usage(job: Job, outcomes: Sequence[Outcome]) -> Usage:
@@ -106,13 +113,20 @@ async def generate(state: ServerState, job: Job, record: Record) -> AsyncGenerat
         ]
         finished: set[int] = set()
         completion = 0
+        budget, told = ReadingBudget(state.steering.limits), [0] * job.choices
         async with aclosing(_merge(sources)) as chunks:
             async for index, chunk in chunks:
                 if chunk.tokens and not completion:
                     state.metrics.first_token(record.seconds)
                 completion += chunk.tokens
+                if chunk.values > told[index]:
+                    budget.take(chunk.values - told[index])
+                    state.metrics.blocks.values(chunk.values - told[index])
+                    told[index] = chunk.values
                 if chunk.finish_reason is not None:
                     finished.add(index)
+                    if chunk.steering is not None:
+                        state.metrics.blocks.choice(chunk.steering)
                 yield index, chunk
     if len(finished) < job.choices:
         raise RunFailed("A choice ended without saying why, so its answer cannot be trusted to be whole.")

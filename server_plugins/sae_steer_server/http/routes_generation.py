@@ -8,7 +8,8 @@ from starlette.responses import Response
 
 from sae_steer_http.bodies import parse_body, read_json
 from sae_steer_http.openapi import request_body
-from sae_steer_http.replies import Reply
+from sae_steer_http.readings import check_reading_size
+from sae_steer_http.replies import Reply, edits_digest
 from sae_steer_http.steering import compile_steering
 from sae_steer_server.engine.sampling import Sampling
 from sae_steer_server.http.disconnect import while_connected
@@ -42,6 +43,7 @@ async def chat_completions(request: Request) -> Response:
     asked, param = body.max_completion_tokens, "max_completion_tokens"
     if asked is None:
         asked, param = body.max_tokens, "max_tokens"
+    check_reading_size(program, state.steering.limits, map(len, prompts), asked, choices=body.n or 1)
     job = Job(
         model=body.model,
         program=program,
@@ -69,6 +71,7 @@ async def completions(request: Request) -> Response:
     program = compile_steering(state.steering, body.steering, body.model)
     prompts = await completion_prompts(state, body)
     asked = body.max_tokens if body.max_tokens is not None else _COMPLETION_TOKENS
+    check_reading_size(program, state.steering.limits, map(len, prompts), asked, choices=body.n or 1)
     job = Job(
         model=body.model,
         program=program,
@@ -102,7 +105,7 @@ def _include_usage(body: GenerationRequest) -> bool:
 async def _answer(request: Request, state: ServerState, job: Job, form: Form, *, stream: bool) -> Response:
     """The answer, whole or as a stream; the work ends when the client hangs up."""
     record = record_of(request.scope)
-    record.program = job.program.digest if job.program is not None else None
+    record.program = edits_digest(job.program)
     if stream:
         rest = events(state, job, form, record)
         first = await while_connected(request.receive, anext(rest))

@@ -30,7 +30,7 @@ async def events(state: ServerState, job: Job, form: Form, record: Record) -> As
                 yield opening
             event = form.event(job, index, chunk, outcomes[index])
             outcomes[index].add(chunk)
-            if chunk.text or chunk.logprobs or chunk.finish_reason is not None:
+            if chunk.text or chunk.logprobs or chunk.steering or chunk.finish_reason is not None:
                 yield event
     if job.include_usage:
         yield form.usage_event(job, outcomes)

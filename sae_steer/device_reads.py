@@ -1,0 +1,55 @@
+"""The tokens of one step that are read, on the device: which they are, and what every site reported of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+from torch import Tensor
+
+from sae_steer_kernels import EditBuffers
+
+Gathers = Mapping[tuple[int, int], int]
+"""By bucket and number of the site, how many of the first rows of a slot are read by any request."""
+
+
+@dataclass(slots=True)
+class DeviceReads:
+    """What one step reads.
+
+    Args:
+        gathers: What is kept.
+        tokens: ``[n]`` int64, the rows of the step that are read.
+        request: ``[n]`` int64, whose they are: numbers of the batch's requests.
+        positions: ``[n]`` int64, absolute.
+        ids: ``[n]`` int64 token ids.
+        bits: ``[n]`` int32 selectors.
+    """
+
+    gathers: Gathers
+    tokens: Tensor
+    request: Tensor
+    positions: Tensor
+    ids: Tensor
+    bits: Tensor
+    found: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By bucket and site, f and f' of the rows that are kept, ``[n, R]`` each."""
+
+    @classmethod
+    def of(
+        cls, gathers: Gathers, wanted: Tensor, request: Tensor, positions: Tensor, ids: Tensor, bits: Tensor
+    ) -> Self | None:
+        """From ``wanted [T]`` bool and what a step knows of its tokens, ``[T]`` each; None where none is wanted.
+
+        It waits for the device, which only steps with readers pay.
+        """
+        tokens = wanted.nonzero().squeeze(1)
+        if not len(tokens):
+            return None
+        return cls(gathers, tokens, request[tokens], positions[tokens], ids[tokens], bits[tokens])
+
+    def gather(self, site: int, reports: Sequence[EditBuffers]) -> None:
+        """Keeps what a site has reported, before another site reports to the same place."""
+        for (bucket, number), rows in self.gathers.items():
+            if number == site:
+                own = reports[bucket]
+                self.found[bucket, site] = own.before[self.tokens, :rows], own.after[self.tokens, :rows]

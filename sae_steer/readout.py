@@ -1,0 +1,50 @@
+"""The largest features of the tokens that ask for them, at one site and for one dictionary that is held whole."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sae_steer.tables import Whole
+from sae_steer_kernels import ReadoutBuffers, topk_readout
+
+_ROWS = 256
+"""Tokens that are read in one go: what the op keeps between its launches grows with them."""
+
+
+@dataclass(slots=True)
+class Readout:
+    """What a forward pass must read of a whole dictionary. Made for one pass.
+
+    Args:
+        whole: The dictionary.
+        k: How many of the largest features.
+        tokens: ``[n]`` int64, the rows of the pass that ask.
+    """
+
+    whole: Whole
+    k: int
+    tokens: Tensor
+    ids: Tensor = field(init=False)
+    values: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        n, device = len(self.tokens), self.tokens.device
+        self.ids = torch.full((n, self.k), -1, dtype=torch.int32, device=device)
+        self.values = torch.zeros(n, self.k, device=device)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it without types
+    def take(self, x: Tensor, residual: Tensor | None) -> None:
+        """Reads ``x [T, D]``, with ``residual [T, D]`` added, into ``ids [n, k]`` (-1 = none) and ``values [n, k]``."""
+        active = torch.ones((), dtype=torch.bool)
+        whole = self.whole
+        for first in range(0, len(self.tokens), _ROWS):
+            rows = self.tokens[first : first + _ROWS]
+            wanted = torch.ones(len(rows), dtype=torch.int32, device=rows.device)
+            buffers = ReadoutBuffers.empty(tokens=len(rows), features=whole.enc.shape[0], k=self.k, device=rows.device)
+            topk_readout(
+                x[rows], wanted, active, whole.enc, whole.row_float, whole.row_int, buffers,
+                residual=residual[rows] if residual is not None else None,
+            )  # fmt: skip
+            self.ids[first : first + len(rows)] = buffers.ids
+            self.values[first : first + len(rows)] = buffers.values

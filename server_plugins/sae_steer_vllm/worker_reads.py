@@ -1,0 +1,205 @@
+"""What the requests of a batch have read on a worker: planned once, gathered in each step, cut for each request."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sae_steer.device_reads import DeviceReads, Gathers
+from sae_steer.edit_layer import EditLayer
+from sae_steer.program import Program
+from sae_steer.read_rows import Floats, Tops, layout, read_rows, whole_reads
+from sae_steer.readout import Readout
+from sae_steer.sites import Site
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRun:
+    """A request that has anything read.
+
+    Args:
+        name: The request.
+        number: Its number in the batch.
+        program: What it asks.
+        bucket: Of its slot.
+        prompt_length: ``P``.
+    """
+
+    name: str
+    number: int
+    program: Program
+    bucket: int
+    prompt_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Largest:
+    """Where the largest features of one dictionary are in a step's matrix, and who asks for them.
+
+    Args:
+        first: The first column.
+        k: How many are found.
+        masks: ``[R]`` int32: on which selectors each request of the batch asks.
+    """
+
+    first: int
+    k: int
+    masks: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """What does not change while the batch holds the same requests.
+
+    Every process of a pipeline makes the same plan, and so the same matrix ``[n, C]``: zero where another process has
+    the site.
+
+    Args:
+        runs: The requests.
+        gathers: Rows of each bucket and site.
+        columns: By bucket and site, the first column of f; that of f' is as many further as there are rows.
+        largest: By site and SAE.
+        width: ``C``.
+    """
+
+    runs: list[ReadRun]
+    gathers: Gathers
+    columns: Mapping[tuple[int, int], int]
+    largest: Mapping[tuple[Site, str], _Largest]
+    width: int
+    sites: tuple[Site, ...]
+
+    @classmethod
+    def make(
+        cls,
+        runs: list[ReadRun],
+        sites: tuple[Site, ...],
+        features: Mapping[str, int],
+        requests: int,
+        device: torch.device,
+    ) -> Self | None:
+        """The plan of a batch of so many ``requests``; None where nobody reads. ``features`` are ``F`` of each SAE."""
+        if not runs:
+            return None
+        gathers: dict[tuple[int, int], int] = {}
+        masks: dict[tuple[Site, str], tuple[int, NDArray[np.int32]]] = {}
+        for run in runs:
+            for part in run.program.sites:
+                place = run.bucket, sites.index(part.site)
+                gathers[place] = max(gathers.get(place, 0), len(part.rows))
+            for key, (k, mask) in whole_reads(run.program).items():
+                most, own = masks.setdefault(key, (0, np.zeros(requests, np.int32)))
+                own[run.number] = mask
+                masks[key] = max(most, min(k, features[key[1]])), own
+        columns: dict[tuple[int, int], int] = {}
+        width = 0
+        for place, rows in gathers.items():
+            columns[place], width = width, width + 2 * rows
+        largest: dict[tuple[Site, str], _Largest] = {}
+        for key, (k, own) in masks.items():
+            largest[key], width = _Largest(width, k, torch.from_numpy(own).to(device)), width + 2 * k
+        return cls(runs, gathers, columns, largest, width, sites)
+
+
+@dataclass(slots=True)
+class StepReads:
+    """One step of a plan.
+
+    Args:
+        plan: The plan.
+        reads: The tokens.
+    """
+
+    plan: ReadPlan
+    reads: DeviceReads
+    _readouts: list[tuple[_Largest, Tensor, Readout]] = field(default_factory=list)
+
+    def arm(self, layer: EditLayer) -> None:
+        """Tells a site what must be read there of its whole dictionaries."""
+        found: list[Readout] = []
+        for (site, source), largest in self.plan.largest.items():
+            if site != layer.site:
+                continue
+            asks = ((self.reads.bits & largest.masks[self.reads.request]) != 0).nonzero().squeeze(1)
+            if len(asks):
+                readout = Readout(layer.tables.whole_of(source), largest.k, self.reads.tokens[asks])
+                self._readouts.append((largest, asks, readout))
+                found.append(readout)
+        layer.readouts = tuple(found)
+
+    def matrix(self, before: Tensor | None) -> Tensor:
+        """``[n, C]`` float64 of this process, and of those ``before`` it in a pipeline."""
+        n, device = len(self.reads.tokens), self.reads.tokens.device
+        found = torch.zeros(n, self.plan.width, dtype=torch.float64, device=device)
+        for place, (f, after) in self.reads.found.items():
+            first, rows = self.plan.columns[place], f.shape[1]
+            found[:, first : first + rows] = f.double()
+            found[:, first + rows : first + 2 * rows] = after.double()
+        for largest, asks, readout in self._readouts:
+            first, k = largest.first, largest.k
+            # One more than the number, so that a process that does not have the site adds nothing to it.
+            found[asks, first : first + k] = readout.ids.double() + 1
+            found[asks, first + k : first + 2 * k] = readout.values.double()
+        return found if before is None else found + before.to(device)
+
+    def split(self, matrix: Tensor) -> tuple[dict[str, Floats], list[str], list[str]]:
+        """Every request's rows, ``[m, 2 + W]``: position, token id, and the columns of :func:`layout`.
+
+        Returns:
+            These, the requests that a trigger ends, and those that must end because a value is not finite.
+        """
+        reads, values = self.reads, matrix.cpu().numpy()
+        request, positions, ids = (t.cpu().numpy() for t in (reads.request, reads.positions, reads.ids))
+        found: dict[str, Floats] = {}
+        stops: list[str] = []
+        broken: list[str] = []
+        for run in self.plan.runs:
+            own = (request == run.number).nonzero()[0]
+            if len(own):
+                rows = self._rows(run, values[own])
+                if not np.isfinite(rows).all():
+                    broken.append(run.name)
+                    continue
+                found[run.name] = np.column_stack([positions[own], ids[own], rows])
+                if _stops(run, positions[own], rows):
+                    stops.append(run.name)
+        return found, stops, broken
+
+    def _rows(self, run: ReadRun, values: Floats) -> Floats:
+        before: dict[Site, Floats] = {}
+        after: dict[Site, Floats] = {}
+        for part in run.program.sites:
+            place = run.bucket, self.plan.sites.index(part.site)
+            first, rows = self.plan.columns[place], self.plan.gathers[place]
+            before[part.site] = values[:, first : first + rows]
+            after[part.site] = values[:, first + rows : first + 2 * rows]
+        tops: Tops = {}
+        for key in whole_reads(run.program):
+            largest = self.plan.largest[key]
+            first, k = largest.first, largest.k
+            tops[key] = values[:, first : first + k] - 1, values[:, first + k : first + 2 * k]
+        return read_rows(run.program, len(values), before, after, tops)
+
+
+def _stops(run: ReadRun, positions: NDArray[np.int64], rows: Floats) -> bool:
+    """Whether a trigger ends the request on one of these tokens."""
+    program = run.program
+    columns = layout(program)[1]
+    for i, trigger in enumerate(program.triggers):
+        held = program.selectors[trigger.selector].by_position(positions, run.prompt_length)
+        if trigger.stop and bool((held & (rows[:, columns.start + i] > trigger.above)).any()):
+            return True
+    return False
+
+
+def read_runs(requests: Sequence[str], programs: Mapping[str, tuple[Program, int, int]]) -> list[ReadRun]:
+    """The requests of a batch that read, from the program, bucket and prompt length of those that are steered."""
+    return [
+        ReadRun(name, number, *programs[name])
+        for number, name in enumerate(requests)
+        if name in programs and programs[name][0].reads
+    ]
