@@ -47,12 +47,6 @@ _FEATURES = {
 
 _LATER = (
     Refusal(
-        "op.app",
-        "the op 'app'",
-        "it needs a calibration, and this version cannot make or load one",
-        "use 'mask_range', 'gain' or 'ablate' on the same features",
-    ),
-    Refusal(
         "readings",
         "'readings'",
         "this version does not send activations of its own accord",
