@@ -46,15 +46,6 @@ _FEATURES = {
     "beam_search": "beam search",
 }
 
-_LATER = (
-    Refusal(
-        "op.app",
-        "the op 'app'",
-        "it needs a calibration, and this version cannot make or load one",
-        "use 'mask_range', 'gain' or 'ablate' on the same features",
-    ),
-)
-
 
 class Capabilities:
     """The features of one host and mode.
@@ -105,7 +96,6 @@ def refuse(refusal: Refusal, *, param: str) -> NoReturn:
 TRANSFORMERS = Capabilities(
     "transformers",
     (
-        *_LATER,
         Refusal(
             "prefix_cache",
             "prefix caching",
@@ -125,7 +115,6 @@ TRANSFORMERS = Capabilities(
 VLLM = Capabilities(
     "vllm",
     (
-        *_LATER,
         Refusal(
             "beam_search",
             "beam search",
@@ -139,7 +128,6 @@ VLLM = Capabilities(
 IN_PROCESS = Capabilities(
     "in-process",
     (
-        *_LATER,
         Refusal(
             "on.stop",
             "the action 'stop'",

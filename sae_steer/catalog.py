@@ -22,8 +22,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sae_steer.calibration.record import CALIBRATION_FILE
+from sae_steer.calibration.store import CalibrationStore, StoredCalibration
 from sae_steer.closed import NAME_PATTERN
-from sae_steer.errors import CheckpointError, Forbidden, SchemaError, SiteError, StartError, UnknownName
+from sae_steer.errors import CheckpointError, Forbidden, RequestError, SchemaError, SiteError, StartError, UnknownName
 from sae_steer.sae import FeatureLabel, Labels, Sae
 from sae_steer.schema import Profile, parse_profile
 from sae_steer.sites import Site
@@ -31,6 +33,8 @@ from sae_steer.strict_json import loads
 
 PROFILE_FILE = "profile.json"
 MAX_PROFILE_BYTES = 4 * 2**20
+ANY_MODEL = "any"
+"""In place of a model's fingerprint: for tools that look at files where there is no model to compare with."""
 _NAME = re.compile(NAME_PATTERN)
 
 
@@ -161,8 +165,17 @@ class ProfileStore:
         return profile
 
     def put(self, profile: Profile) -> None:
-        """Stores a profile atomically; raises :class:`Forbidden` where there is no folder, or it cannot be written."""
+        """Stores a profile atomically.
+
+        Raises:
+            Forbidden: There is no folder, it cannot be written, or a calibration of that name is in the way.
+        """
         folder = self._writable()
+        if (folder / profile.name / CALIBRATION_FILE).exists():
+            raise Forbidden(
+                f"The profile {profile.name!r} holds a calibration, which would be lost. Choose another name, or "
+                "remove that profile first."
+            )
         try:
             self._put(folder / profile.name, profile.model_dump_json(indent=2, exclude_defaults=True))
         except OSError as error:
@@ -216,8 +229,9 @@ class Catalog:
     Args:
         saes: The SAEs; two of one name raise :class:`StartError`.
         vectors: The plain vectors; likewise.
-        profiles: Folder of profiles.
+        profiles: Folder of profiles, which may hold calibrations.
         writable: Whether profiles may be stored and removed.
+        model: Fingerprint of the model that they are for; None = nobody can tell, and no calibration is honoured.
     """
 
     def __init__(
@@ -227,10 +241,18 @@ class Catalog:
         profiles: Path | None = None,
         *,
         writable: bool = True,
+        model: str | None = None,
     ) -> None:
         self.saes: Mapping[str, CatalogSae] = _by_name(saes, "SAE")
         self.vectors: Mapping[str, Vector] = _by_name(vectors, "vector")
         self.profiles = ProfileStore(profiles, writable=writable)
+        self.model = model
+        self._calibrations = CalibrationStore()
+
+    def serving(self, model: str | None) -> "Catalog":
+        """The same, for a model of that fingerprint."""
+        store = self.profiles
+        return Catalog(self.saes.values(), self.vectors.values(), store.folder, writable=store.writable, model=model)
 
     def sae(self, name: str, *, param: str | None = None) -> CatalogSae:
         """The SAE of that name; raises :class:`UnknownName` with those there are."""
@@ -271,6 +293,38 @@ class Catalog:
     def profile(self, name: str) -> Profile:
         """A profile by name; raises :class:`UnknownName`."""
         return self.profiles.get(name)
+
+    def calibration(self, name: str, *, param: str) -> StoredCalibration:
+        """The calibration of a profile, read once for each content.
+
+        Raises:
+            UnknownName: There is none of that name; the message lists those there are.
+            SchemaError: Its files are broken, or do not belong together.
+        """
+        try:
+            if name in self.profile_names():
+                profile = self.profiles.get(name)
+                if profile.calibration is not None and self.profiles.folder is not None:
+                    return self._calibrations.get(name, self.profiles.folder / name, profile.calibration)
+        except RequestError as error:
+            error.param = param
+            raise
+        raise UnknownName(
+            f"{param}: there is no calibration {name!r}. "
+            f"Calibrations: {', '.join(self.calibration_names()) or 'none'}. `sae-steer calibrate` makes one.",
+            param=param,
+            code="unknown_calibration",
+        )
+
+    def calibration_names(self) -> list[str]:
+        """Sorted names of the profiles that hold a calibration."""
+        return [name for name in self.profile_names() if self._holds_calibration(name)]
+
+    def _holds_calibration(self, name: str) -> bool:
+        try:
+            return self.profiles.get(name).calibration is not None
+        except RequestError:  # broken, or gone since it was listed
+            return False
 
     def put_profile(self, profile: Profile) -> None:
         """Stores a profile; raises :class:`Forbidden` where there is no folder."""

@@ -16,6 +16,7 @@ from sae_steer.program import Gate, Program, Row, Selector, SiteProgram
 from sae_steer.read_compiler import with_readings
 from sae_steer.sae import InputNorm
 from sae_steer.schema import (
+    AppEdit,
     Intervention,
     Steering,
     VectorAblateEdit,
@@ -31,11 +32,12 @@ MAX_SELECTORS = 31  # a token carries its selectors as the bits of an int32
 
 @dataclass(frozen=True, slots=True)
 class _Edit:
-    """An intervention and where it was written."""
+    """An intervention and where it was written; ``more`` combine with it to one gain."""
 
     intervention: Intervention
     path: str
     profile: str | None
+    more: tuple["_Edit", ...] = ()
 
 
 @dataclass(slots=True)
@@ -97,6 +99,7 @@ def compile_program(
     builders: dict[Site, _SiteBuilder] = {}
     for edit in edits:
         _require_edit(edit, capabilities)
+    for edit in _combined(edits, catalog, override=steering.override):
         _resolve(edit, catalog, sites, builders, override=steering.override)
     for builder in builders.values():
         builder.rows = dict(sorted(builder.rows.items()))  # programs that mean the same are the same
@@ -175,21 +178,71 @@ def _gather(steering: Steering, catalog: Catalog) -> Iterator[_Edit]:
         yield _Edit(intervention, f"steering.interventions[{i}]", None)
 
 
+_AGREE = ("sae", "strength", "prior", "when", "positions", "skip_bos")
+
+
+def _combined(edits: Sequence[_Edit], catalog: Catalog, *, override: bool) -> list[_Edit]:
+    """Puts several ``app`` of one calibration together; with ``override``, the request's apart from the profiles'.
+
+    Raises:
+        RequestError: They do not agree in what one gain can have but once, or name one concept twice.
+    """
+    found: dict[object, _Edit] = {}
+    for number, edit in enumerate(edits):
+        key: object = number
+        if isinstance(edit.intervention, AppEdit):
+            stored = catalog.calibration(edit.intervention.calibration, param=f"{edit.path}.calibration")
+            key = (stored.info.file, override and edit.profile is None)
+        if key not in found:
+            found[key] = edit
+            continue
+        first = found[key]
+        for other in (first, *first.more):
+            _check_combines(edit, other)
+        found[key] = replace(first, more=(*first.more, edit))
+    return list(found.values())
+
+
+def _check_combines(edit: _Edit, other: _Edit) -> None:
+    mine, theirs = edit.intervention, other.intervention
+    assert isinstance(mine, AppEdit)  # by what they were put together by
+    assert isinstance(theirs, AppEdit)
+    if mine.concept == theirs.concept:
+        raise DuplicateEdit(
+            f"{edit.path}.concept: {mine.concept!r} is attenuated already, by {other.path}. Name it once"
+            f"{_instead(edit, other)}.",
+            param=f"{edit.path}.concept",
+        )
+    for name in _AGREE:
+        if getattr(mine, name) != getattr(theirs, name):
+            raise DuplicateEdit(
+                f"{edit.path}.{name}: several concepts of one calibration make one gain, and {name!r} is not what "
+                f"{other.path} has. Give both the same{_instead(edit, other)}.",
+                param=f"{edit.path}.{name}",
+            )
+
+
+def _instead(edit: _Edit, earlier: _Edit) -> str:
+    """What a request may do about a profile's edit."""
+    if edit.profile is None and earlier.profile is not None:
+        return ', or say "override": true to replace the profile\'s edit'
+    return ""
+
+
 def _resolve(
     edit: _Edit, catalog: Catalog, sites: Sequence[Site], builders: dict[Site, _SiteBuilder], *, override: bool
 ) -> None:
     """Turns one intervention into rows of its site; a later edit of the same feature is an error or an override."""
-    site, rows = rows_of(edit.intervention, edit.path, catalog, sites)
+    whole = (edit, *edit.more)
+    site, rows = rows_of([part.intervention for part in whole], [part.path for part in whole], catalog, sites)
     builder = builders.setdefault(site, _SiteBuilder(site))
     for row in rows:
         key = (row.source, row.feature)
         earlier = builder.edits.get(key)
         if earlier is not None and not (override and earlier.profile is not None and edit.profile is None):
             what = f"feature {row.feature}" if row.feature >= 0 else "the vector"
-            instead = ', or say "override": true to replace the profile\'s edit' if earlier.profile else ""
             raise DuplicateEdit(
-                f"{edit.path}: {what} is edited already, by {earlier.path}. Edit it once"
-                f"{instead if edit.profile is None else ''}.",
+                f"{edit.path}: {what} is edited already, by {earlier.path}. Edit it once{_instead(edit, earlier)}.",
                 param=edit.path,
             )
         builder.rows[key] = row
@@ -296,10 +349,28 @@ def _check_limits(program: Program, limits: Limits) -> None:
             continue
         edited = sum(row.selector >= 0 for site in part.sites for row in site.rows)
         checks = (
-            (edited, limits.max_edits, "edited features in one request"),
-            (part.rows, limits.widest, "features (edited, gating or read) at one site"),
-            (len(part.selectors), MAX_SELECTORS, "different combinations of positions, skip_bos and token_in"),
+            (edited, limits.max_edits, "edited features in one request", _wider("max_edits", "max_edits")),
+            (
+                part.rows,
+                limits.widest,
+                "features (edited, gating or read) at one site",
+                _wider("wide_features", "wide_rows"),
+            ),
+            (
+                len(part.selectors),
+                MAX_SELECTORS,
+                "different combinations of positions, skip_bos and token_in",
+                "Ask for fewer.",
+            ),
         )
-        for have, most, what in checks:
+        for have, most, what, instead in checks:
             if have > most:
-                raise LimitExceeded(f"{param}: {have} {what}; this server holds {most}.", param=param)
+                raise LimitExceeded(f"{param}: {have} {what}; this server holds {most}. {instead}", param=param)
+
+
+def _wider(option: str, field: str) -> str:
+    """What to do about too many features."""
+    return (
+        f'Ask for fewer (of a calibration: "top"), or start the server with --{option.replace("_", "-")} N (in a vLLM '
+        f"configuration: limits.{option}; with attach: Limits({field}=N))."
+    )

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sae_steer.calibration.model import of_model
 from sae_steer.capabilities import IN_PROCESS
 from sae_steer.catalog import Catalog, CatalogSae, Vector
 from sae_steer.compiler import compile_program
@@ -68,7 +69,8 @@ def attach(
         Vector.make(name, source) if isinstance(source, Tensor) else Vector.load(name, Path(source))
         for name, source in (vectors or {}).items()
     ]
-    catalog = Catalog(entries, directions, Path(profiles) if profiles is not None else None)
+    folder = Path(profiles) if profiles is not None else None
+    catalog = Catalog(entries, directions, folder, model=of_model(model) if folder is not None else None)
     return Steer(model, catalog, limits or Limits(), [Site.parse(site) for site in sites])
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from sae_steer.calibrated import CalibratedEdit, rows_by_calibration
 from sae_steer.catalog import Catalog, CatalogSae
 from sae_steer.errors import DuplicateEdit, RequestError, SiteError, UnknownFeature, UnknownName, Unsupported
 from sae_steer.program import Phase, Row
@@ -10,6 +11,9 @@ from sae_steer.sae import Activation
 from sae_steer.schema import (
     LARGEST,
     AppEdit,
+    CalibratedAblateEdit,
+    CalibratedGainEdit,
+    CalibratedMaskEdit,
     FeatureAblateEdit,
     FeatureMaskEdit,
     FeatureScaleEdit,
@@ -24,23 +28,29 @@ from sae_steer.schema import (
 from sae_steer.sites import Site
 
 
-def rows_of(intervention: Intervention, path: str, catalog: Catalog, sites: Sequence[Site]) -> tuple[Site, list[Row]]:
+def rows_of(
+    interventions: Sequence[Intervention], paths: Sequence[str], catalog: Catalog, sites: Sequence[Site]
+) -> tuple[Site, list[Row]]:
     """The site and the rows of one intervention, without selectors and gates.
 
     Args:
-        intervention: What was asked; never ``app``, which capabilities refuse.
-        path: Its JSON path, for errors.
+        interventions: What was asked; more than one only of ``app``, where they combine.
+        paths: Their JSON paths, for errors.
         catalog: What its names mean.
         sites: The hooked places, for plain vectors.
 
     Raises:
         RequestError: A name, a number or a unit that this catalog cannot honour.
     """
-    match intervention:
+    path = paths[0]
+    match intervention := interventions[0]:
         case VectorValueEdit() | VectorScaleEdit() | VectorAblateEdit():
             return _vector_rows(intervention, path, catalog, sites)
-        case AppEdit():
-            raise AssertionError("capabilities refuse 'app' until a host can honour it")
+        case AppEdit() | CalibratedAblateEdit() | CalibratedGainEdit() | CalibratedMaskEdit():
+            edits = [each for each in interventions if isinstance(each, CalibratedEdit)]
+            entry, rows = rows_by_calibration(edits, paths, catalog)
+            check_topk(entry, f"{path}.sae")
+            return entry.site, rows
         case _:
             entry = catalog.sae(intervention.sae, param=f"{path}.sae")
             for i, feature in enumerate(intervention.features):

@@ -4,17 +4,17 @@ Two requests that mean the same have equal programs, whatever names they used; t
 fingerprints, canonical edits), never a name.
 """
 
+import base64
 import enum
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache, cached_property
 from typing import Any, Literal, Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from sae_steer.sites import Site
 
@@ -77,12 +77,35 @@ class Selector:
 
 @dataclass(frozen=True, slots=True)
 class GainTable:
-    """A gain ``G(f)`` for each side of zero: values at the centres ``(b + 1/2) * width`` of the bins of ``|f|``."""
+    """A gain ``G(f)`` for each side of zero: values at the centres ``(b + 1/2) * width`` of the bins of ``|f|``.
+
+    The values are kept as text, base64 of little-endian float32, which is what the tables hold: a calibration has a
+    hundred thousand of them, and as numbers of their own they made a program ten times slower to hash and to send.
+
+    Args:
+        width_pos: Width of a bin of positive activations.
+        positive: The values there.
+        width_neg: Width of a bin of negative ones.
+        negative: The values there.
+    """
 
     width_pos: float
-    positive: tuple[float, ...]
+    positive: str
     width_neg: float = 0.0
-    negative: tuple[float, ...] = ()
+    negative: str = ""
+
+    @classmethod
+    def of(cls, width_pos: float, positive: ArrayLike, width_neg: float = 0.0, negative: ArrayLike = ()) -> Self:
+        """Packs values, rounded to float32."""
+        return cls(width_pos, _packed(positive), width_neg, _packed(negative))
+
+    def values(self, negative: bool = False) -> NDArray[np.float32]:
+        """The values of one side ``[B]``; raises ``ValueError`` for text that :meth:`of` never makes."""
+        text = self.negative if negative else self.positive
+        found = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4")
+        if _packed(found) != text:
+            raise ValueError("not the text of these values")
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,14 +385,26 @@ class Footprint:
         return f"{self.digest}@{here}" if any(mask for _, mask in here) else None
 
 
-def _plain(value: object) -> Any:
+def _packed(values: ArrayLike) -> str:
+    return base64.b64encode(np.asarray(values, dtype="<f4").tobytes()).decode()
+
+
+@cache
+def _names(kind: type) -> tuple[str, ...] | None:
+    """The fields of a dataclass; None for another type."""
+    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) and kind is not Site else None
+
+
+def _plain(value: Any) -> Any:
     """A value as plain JSON with every float exact (hex), for hashing."""
-    if isinstance(value, float):
+    kind = type(value)
+    if kind is float:
         return (value + 0.0).hex()  # -0.0 and 0.0 are one program
-    if isinstance(value, Site | enum.Enum):
-        return str(value)
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if kind is str or kind is int or kind is bool or value is None:
+        return value
+    if kind is tuple:
         return [_plain(item) for item in value]
-    if hasattr(value, "__dataclass_fields__"):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}  # type: ignore[arg-type]
-    return value
+    names = _names(kind)  # type: ignore[arg-type]  # a class is hashable, whatever its instances are
+    if names is not None:
+        return {name: _plain(getattr(value, name)) for name in names}
+    return str(value)  # a site, or one of an enumeration

@@ -6,12 +6,13 @@ that it can be held against all of them. Slow, and meant to be read beside the t
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sae_steer.catalog import Catalog, CatalogSae
+from sae_steer.reference_app import Attenuation, written_out
 from sae_steer.sae import Activation, InputNorm, Sae
 from sae_steer.sae.record import DECODER_NORM_UNITS
 from sae_steer.schema import (
@@ -29,6 +30,8 @@ from sae_steer.schema import (
     VectorValueEdit,
 )
 from sae_steer.sites import Site
+
+_FEATURES = FeatureValueEdit | FeatureScaleEdit | FeatureAblateEdit | FeatureMaskEdit | Attenuation
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,31 +126,38 @@ def decode(sae: Sae, f: Tensor, x: Tensor) -> Tensor:
     return (f @ dictionary(sae)["W_dec"] + dictionary(sae)["b_dec"]) * scale + offset
 
 
-def interventions(steering: Steering, catalog: Catalog) -> list[Intervention]:
-    """The interventions of the profiles and of the request; with ``override``, the request's replace the profiles'."""
-    own = list(steering.interventions)
+def interventions(steering: Steering, catalog: Catalog) -> list[Intervention | Attenuation]:
+    """The interventions of the profiles and of the request; with ``override``, the request's replace the profiles'.
+
+    Those by a calibration are written out.
+    """
     stored = [i for name in steering.profiles for i in catalog.profile(name).interventions]
     if not steering.override:
-        return stored + own
+        return written_out([*stored, *steering.interventions], catalog)
+    own = written_out(steering.interventions, catalog)
     mine = {target for i in own for target in _targets(i)}
-    kept: list[Intervention] = []
-    for intervention in stored:
+    kept: list[Intervention | Attenuation] = []
+    for intervention in written_out(stored, catalog):
+        if isinstance(intervention, Attenuation):
+            rest = [feature for feature in intervention.features if (intervention.sae, feature) not in mine]
+            kept += [replace(intervention, features=rest)] if rest else []
+            continue
         if isinstance(intervention, VectorValueEdit | VectorScaleEdit | VectorAblateEdit):
             kept += [intervention] if not mine & set(_targets(intervention)) else []
             continue
         values = getattr(intervention, "value", None)
-        for n, feature in enumerate(intervention.features):  # type: ignore[union-attr]  # 'app' never gets here
+        for n, feature in enumerate(intervention.features):  # type: ignore[union-attr]  # the others are written out
             if (intervention.sae, feature) not in mine:
                 value = {"value": values[n] if isinstance(values, list) else values} if values is not None else {}
                 kept.append(intervention.model_copy(update={"features": [feature]} | value))
     return kept + own
 
 
-def _targets(intervention: Intervention) -> Iterator[tuple[str, object]]:
+def _targets(intervention: Intervention | Attenuation) -> Iterator[tuple[str, object]]:
     if isinstance(intervention, VectorValueEdit | VectorScaleEdit | VectorAblateEdit):
         yield intervention.vector, intervention.site
     else:
-        for feature in intervention.features:  # type: ignore[union-attr]  # 'app' never gets here
+        for feature in intervention.features:  # type: ignore[union-attr]  # the others are written out
             yield intervention.sae, feature
 
 
@@ -160,7 +170,7 @@ def in_positions(positions: Positions, token: Token) -> bool:
     return positions == "all" or token.position >= token.prompt_length - 1
 
 
-def at_position(intervention: Intervention, token: Token) -> bool:
+def at_position(intervention: Intervention | Attenuation, token: Token) -> bool:
     """Whether an intervention's positions, ``skip_bos`` and ``token_in`` hold on a token."""
     held = in_positions(intervention.positions, token)
     if intervention.skip_bos and token.token == token.bos:
@@ -169,7 +179,7 @@ def at_position(intervention: Intervention, token: Token) -> bool:
     return held and not (when is not None and when.token_in is not None and token.token not in when.token_in)
 
 
-def gate_holds(intervention: Intervention, x: Tensor, catalog: Catalog) -> bool:
+def gate_holds(intervention: Intervention | Attenuation, x: Tensor, catalog: Catalog) -> bool:
     """Whether an intervention's feature gate holds on the token ``x [D]``."""
     when = intervention.when
     if when is None or when.sae is None or when.feature is None:
@@ -178,8 +188,10 @@ def gate_holds(intervention: Intervention, x: Tensor, catalog: Catalog) -> bool:
     return (when.above is None or f > when.above) and (when.below is None or f < when.below)
 
 
-def new_value(intervention: Intervention, n: int, f: float, unit: float) -> float:
+def new_value(intervention: Intervention | Attenuation, n: int, f: float, unit: float) -> float:
     """``f'`` of the n-th feature of an intervention; ``unit`` is what its value is a multiple of."""
+    if isinstance(intervention, Attenuation):
+        return intervention.new_value(intervention.features[n], f)
     value = getattr(intervention, "value", 0.0)
     value = value[n] if isinstance(value, list) else value
     match intervention.op:
@@ -221,7 +233,7 @@ def edit_token(x: Tensor, y: Tensor, site: Site, token: Token, steering: Steerin
             if Site.parse(intervention.site) == site and gate_holds(intervention, x, catalog):
                 delta = delta + _vector_delta(intervention, x, catalog)
             continue
-        assert isinstance(intervention, FeatureValueEdit | FeatureScaleEdit | FeatureAblateEdit | FeatureMaskEdit)
+        assert isinstance(intervention, _FEATURES)  # the others are written out
         entry = catalog.sae(intervention.sae)
         if entry.site != site:
             continue
@@ -239,7 +251,7 @@ def edit_token(x: Tensor, y: Tensor, site: Site, token: Token, steering: Steerin
 
 
 def _feature_delta(
-    intervention: FeatureValueEdit | FeatureScaleEdit | FeatureAblateEdit | FeatureMaskEdit,
+    intervention: FeatureValueEdit | FeatureScaleEdit | FeatureAblateEdit | FeatureMaskEdit | Attenuation,
     entry: CatalogSae,
     x: Tensor,
 ) -> Tensor:
@@ -255,7 +267,7 @@ def _feature_delta(
     return total
 
 
-def _unit(intervention: Intervention, entry: CatalogSae, feature: int, x: Tensor) -> float:
+def _unit(intervention: Intervention | Attenuation, entry: CatalogSae, feature: int, x: Tensor) -> float:
     """What the value of an edit of a feature is a multiple of."""
     if isinstance(intervention, FeatureValueEdit) and intervention.units == "reference_max":
         label = entry.labels.get(feature) if entry.labels is not None else None
@@ -302,7 +314,7 @@ def activations_after(entry: CatalogSae, x: Tensor, token: Token, steering: Stee
     for intervention in interventions(steering, catalog):
         if isinstance(intervention, VectorValueEdit | VectorScaleEdit | VectorAblateEdit):
             continue
-        assert isinstance(intervention, FeatureValueEdit | FeatureScaleEdit | FeatureAblateEdit | FeatureMaskEdit)
+        assert isinstance(intervention, _FEATURES)  # the others are written out
         mine = catalog.sae(intervention.sae).sae.fingerprint == entry.sae.fingerprint
         if mine and at_position(intervention, token) and gate_holds(intervention, x, catalog):
             for n, feature in enumerate(intervention.features):

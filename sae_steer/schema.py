@@ -147,6 +147,26 @@ class _CalibratedEdit(_Edit):
     top: Annotated[int, Field(ge=1, le=MAX_FEATURES)] | None = None
 
 
+class CalibratedAblateEdit(_CalibratedEdit):
+    """``ablate`` by a calibration: f' = 0 for the features of a concept."""
+
+    op: Literal["ablate"]
+
+
+class CalibratedGainEdit(_CalibratedEdit):
+    """``gain`` by a calibration: f' = g f, with g = 1 - 2 (AUROC - 1/2) where that is below 1 (AURA), or a constant."""
+
+    op: Literal["gain"]
+    value: Value | None = Field(None, description="One gain for all features (dampening); left out = AURA's.")
+
+
+class CalibratedMaskEdit(_CalibratedEdit):
+    """``mask_range`` by a calibration: f' = 0 within some standard deviations of the concept's mean activation."""
+
+    op: Literal["mask_range"]
+    sigmas: Annotated[float, Field(ge=0, le=1e6)] = 2.0
+
+
 class AppEdit(_CalibratedEdit):
     """``app``: f' = f (1 - P(concept given f))^strength, from a calibration."""
 
@@ -192,15 +212,20 @@ _TAGS = {
     "mask_range": "mask",
     "app": "app",
 }
+_CALIBRATED = ("ablate", "gain", "mask_range")
 
 
 def _variant(value: Any) -> str | None:
-    """Which model describes an intervention: decided by its op, and by whether it names a vector."""
+    """Which model describes an intervention: decided by its op, and by whether it names a vector or a calibration."""
     op = value.get("op") if isinstance(value, dict) else getattr(value, "op", None)
     if not isinstance(op, str) or op not in _TAGS:
         return None
-    named = "vector" in value if isinstance(value, dict) else hasattr(value, "vector")
-    return f"~{'vector' if named else 'feature'}-{_TAGS[op]}"
+
+    def has(key: str) -> bool:
+        return key in value if isinstance(value, dict) else hasattr(value, key)
+
+    calibrated = op == "app" or (op in _CALIBRATED and has("calibration"))
+    return f"~{'vector' if has('vector') else 'calibrated' if calibrated else 'feature'}-{_TAGS[op]}"
 
 
 Intervention = Annotated[
@@ -208,7 +233,10 @@ Intervention = Annotated[
     | Annotated[FeatureScaleEdit, Tag("~feature-scale")]
     | Annotated[FeatureAblateEdit, Tag("~feature-ablate")]
     | Annotated[FeatureMaskEdit, Tag("~feature-mask")]
-    | Annotated[AppEdit, Tag("~feature-app")]
+    | Annotated[CalibratedAblateEdit, Tag("~calibrated-ablate")]
+    | Annotated[CalibratedGainEdit, Tag("~calibrated-scale")]
+    | Annotated[CalibratedMaskEdit, Tag("~calibrated-mask")]
+    | Annotated[AppEdit, Tag("~calibrated-app")]
     | Annotated[VectorValueEdit, Tag("~vector-value")]
     | Annotated[VectorScaleEdit, Tag("~vector-scale")]
     | Annotated[VectorAblateEdit, Tag("~vector-ablate")],
@@ -216,7 +244,7 @@ Intervention = Annotated[
         _variant,
         custom_error_type="unknown_op",
         custom_error_message="'op' must be one of clamp, add, scale, ablate, floor, cap, mask_range, gain, app; "
-        "a 'vector' takes add, clamp, scale, ablate, floor, cap",
+        "a 'vector' takes add, clamp, scale, ablate, floor, cap; a 'calibration' takes app, mask_range, gain, ablate",
     ),
 ]
 
@@ -282,8 +310,8 @@ class Steering(Closed):
     on: Annotated[list[Trigger], Field(max_length=MAX_TRIGGERS)] = Field(default_factory=list)
 
 
-class Profile(Closed):
-    """A stored, named set of interventions: the file ``profile.json`` of a profile's folder."""
+class ProfileBody(Closed):
+    """A named set of interventions, as a client may store it."""
 
     name: Name
     description: Annotated[str, Field(max_length=4096)] = ""
@@ -291,6 +319,11 @@ class Profile(Closed):
     saes: dict[Name, str] = Field(
         default_factory=dict, description="Fingerprints of the SAEs it was made for, by name; a mismatch is refused."
     )
+
+
+class Profile(ProfileBody):
+    """A stored profile: the file ``profile.json`` of its folder. A calibration is never a client's."""
+
     calibration: CalibrationInfo | None = Field(
         None, description="What `app` and its rivals find by this profile's name; made by `sae-steer calibrate`."
     )
@@ -298,6 +331,7 @@ class Profile(Closed):
 
 _STEERING = TypeAdapter(Steering)
 _PROFILE = TypeAdapter(Profile)
+_PROFILE_BODY = TypeAdapter(ProfileBody)
 
 
 def json_path(root: str, fault: ErrorDetails) -> str:
@@ -343,6 +377,21 @@ def parse_profile(value: object, *, root: str = "profile") -> Profile:
         return _PROFILE.validate_python(value)
     except ValidationError as error:
         raise schema_error(error, root) from None
+
+
+def parse_profile_body(value: object) -> Profile:
+    """Validates a profile that a client sends; raises :class:`SchemaError`, also for one that brings a calibration."""
+    if isinstance(value, dict) and value.get("calibration") is not None:
+        raise SchemaError(
+            "calibration: no client may send one. Run `sae-steer calibrate` where the server's folder of profiles is.",
+            param="calibration",
+            code="unknown_field",
+        )
+    try:
+        body = _PROFILE_BODY.validate_python(value)
+    except ValidationError as error:
+        raise schema_error(error, "") from None
+    return Profile(**dict(body))
 
 
 def steering_json_schema() -> dict[str, Any]:

@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_steer.catalog import Catalog, CatalogSae, Vector
 from sae_steer.errors import NonFinite, WidthMismatch
-from sae_steer.program import GainTable, Program, Row, SiteProgram
+from sae_steer.program import Program, Row, SiteProgram
 from sae_steer.sae import Activation, FeatureRows, InputNorm, Sae
 from sae_steer.sites import Site
 from sae_steer.slots import Bucket
@@ -222,8 +224,8 @@ class SiteTables:
             else:
                 _place_vector(self._vectors[fingerprint], part.rows, places, enc, dec)
                 ints[places, RowInt.FEATURE] = -1
-        for i, row in enumerate(part.rows):
-            _pack_edit(row, floats[i], ints[i])
+        _pack_edits(part.rows, floats, ints)
+        gains = _pack_gains(part.rows, floats, table.gain.shape[-1])
         cast = dec.to(table.dec.dtype)
         if not bool(cast.isfinite().all()):
             raise NonFinite(f"A decoder row at {self.site} does not fit the model's dtype {table.dec.dtype}.")
@@ -231,9 +233,8 @@ class SiteTables:
         table.dec[slot, :used] = cast.to(self.device)
         table.row_float[slot, :used] = floats.to(self.device)
         table.row_int[slot, :used] = ints.to(self.device)
-        for i, row in enumerate(part.rows):
-            if row.gain is not None:
-                _pack_gain(row.gain, table.gain[slot, i], table.row_float[slot, i])
+        if gains is not None:
+            table.gain[slot, :used] = gains.to(self.device)
         table.slot_float[slot, SlotFloat.DOSE_LIMIT] = program.dose_limit
         skips = skips_of(table.row_float[slot, :used], table.row_int[slot, :used], table.slot_float[slot])
         table.slot_int[slot, SlotInt.SKIPS] = int(skips)
@@ -259,26 +260,53 @@ def _place_vector(vector: Vector, rows: Sequence[Row], places: Sequence[int], en
             dec[i] = vector.values
 
 
-def _pack_edit(row: Row, floats: Tensor, ints: Tensor) -> None:
-    """The edit's own scalars; ``floats [len(RowFloat)]`` and ``ints [len(RowInt)]`` hold the feature's already."""
-    floats[RowFloat.SCALE], floats[RowFloat.SHIFT] = row.scale, row.shift
-    floats[RowFloat.LO], floats[RowFloat.HI] = row.lo, row.hi
-    floats[RowFloat.MASK_LO], floats[RowFloat.MASK_HI] = row.mask_lo, row.mask_hi
-    floats[RowFloat.GAMMA] = row.gamma
-    ints[RowInt.NORM_UNITS] = int(row.norm_units)
-    ints[RowInt.SELECT] = row.select
-    if row.gate is not None:
-        ints[RowInt.WHEN_ROW] = row.gate.row
-        floats[RowFloat.WHEN_ABOVE], floats[RowFloat.WHEN_BELOW] = row.gate.above, row.gate.below
+_EDIT_FLOATS = {
+    RowFloat.SCALE: "scale",
+    RowFloat.SHIFT: "shift",
+    RowFloat.LO: "lo",
+    RowFloat.HI: "hi",
+    RowFloat.MASK_LO: "mask_lo",
+    RowFloat.MASK_HI: "mask_hi",
+    RowFloat.GAMMA: "gamma",
+}
 
 
-def _pack_gain(gain: GainTable, table: Tensor, floats: Tensor) -> None:
-    """A gain table into ``table [2, B]``; shorter ones go on with their end value, as their meaning says."""
-    for side, (width, values) in enumerate(((gain.width_pos, gain.positive), (gain.width_neg, gain.negative))):
-        if values:
-            padded = [*values, *[values[-1]] * (table.shape[1] - len(values))]
-            table[side] = torch.tensor(padded, device=table.device)
-        floats[RowFloat.GAIN_WIDTH_POS if side == 0 else RowFloat.GAIN_WIDTH_NEG] = width if values else 0.0
+def _pack_edits(rows: Sequence[Row], floats: Tensor, ints: Tensor) -> None:
+    """The edits' own scalars; ``floats [K, len(RowFloat)]``, ``ints [K, len(RowInt)]`` hold the features' already."""
+    # By column and in numpy: a tensor takes microseconds for each element, and a program may have thousands of rows.
+    into, whole = floats.numpy(), ints.numpy()
+    for column, name in _EDIT_FLOATS.items():
+        into[:, column] = [getattr(row, name) for row in rows]
+    whole[:, RowInt.NORM_UNITS] = [row.norm_units for row in rows]
+    whole[:, RowInt.SELECT] = [row.select for row in rows]
+    for i, row in enumerate(rows):
+        if row.gate is not None:
+            whole[i, RowInt.WHEN_ROW] = row.gate.row
+            into[i, RowFloat.WHEN_ABOVE], into[i, RowFloat.WHEN_BELOW] = row.gate.above, row.gate.below
+
+
+def _pack_gains(rows: Sequence[Row], floats: Tensor, bins: int) -> Tensor | None:
+    """The gain tables ``[K, 2, B]``, None where there are none; their bins' widths go into ``floats``.
+
+    Shorter tables go on with their end value, as their meaning says.
+    """
+    into = floats.numpy()
+    tables: NDArray[np.float32] | None = None
+    for i, row in enumerate(rows):
+        if row.gain is None:
+            continue
+        if tables is None:
+            tables = np.ones((len(rows), 2, bins), dtype=np.float32)
+        sides = (
+            (RowFloat.GAIN_WIDTH_POS, row.gain.width_pos, row.gain.values()),
+            (RowFloat.GAIN_WIDTH_NEG, row.gain.width_neg, row.gain.values(negative=True)),
+        )
+        for side, (column, width, values) in enumerate(sides):
+            into[i, column] = width if values.size else 0.0
+            if values.size:
+                tables[i, side, : values.size] = values
+                tables[i, side, values.size :] = values[-1]
+    return torch.from_numpy(tables) if tables is not None else None
 
 
 def _mask(selectors: Sequence[int]) -> int:

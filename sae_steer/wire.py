@@ -6,6 +6,7 @@ The text is data and nothing else; whoever receives it checks it against its own
 import json
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -14,7 +15,7 @@ from sae_steer.catalog import Catalog
 from sae_steer.compiler import MAX_SELECTORS
 from sae_steer.errors import SchemaError
 from sae_steer.limits import Limits
-from sae_steer.program import Program, Row, Selector, SiteProgram
+from sae_steer.program import GainTable, Program, Row, Selector, SiteProgram
 from sae_steer.sae import Activation
 from sae_steer.schema import MAX_RANGES, MAX_READ_FEATURES, MAX_READINGS, MAX_TOP_K, MAX_TRIGGERS
 from sae_steer.sites import Site
@@ -31,6 +32,13 @@ def to_text(program: Program) -> str:
 
 def parse(text: str) -> Program:
     """Reads :func:`to_text`; raises :class:`SchemaError` for anything else."""
+    if not isinstance(text, str):  # it came from outside, whatever its type says
+        raise SchemaError("This is not a compiled program: it is no text.")
+    return _parsed(text)
+
+
+@lru_cache(maxsize=32)  # requests that use one calibration send the same megabyte, and programs are frozen
+def _parsed(text: str) -> Program:
     try:
         return _PROGRAM.validate_json(text)
     except ValidationError as error:
@@ -135,11 +143,20 @@ def _numbers_fit(row: Row) -> bool:
     bounds += [row.gate.above, row.gate.below] if row.gate is not None else []
     finite = [row.scale, row.shift, row.gamma]
     if row.gain is not None:
-        widths = row.gain.width_pos, row.gain.width_neg
-        if min(widths) < 0 or max(len(row.gain.positive), len(row.gain.negative)) > GAIN_BINS:
+        if not _gains_fit(row.gain):
             return False
-        finite += [*widths, *row.gain.positive, *row.gain.negative]
+        finite += [row.gain.width_pos, row.gain.width_neg]
     return all(map(_fits, bounds + finite)) and all(map(math.isfinite, finite))
+
+
+def _gains_fit(gain: GainTable) -> bool:
+    try:
+        sides = gain.values(), gain.values(negative=True)
+    except ValueError:
+        return False
+    if not all(values.size <= GAIN_BINS and bool(np.isfinite(values).all()) for values in sides):
+        return False
+    return min(gain.width_pos, gain.width_neg) >= 0
 
 
 def _fits(number: float) -> bool:

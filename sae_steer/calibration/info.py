@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sae_steer.closed import MAX_FEATURES, Closed, Name
 
@@ -36,3 +36,15 @@ class CalibrationInfo(Closed):
     observations: list[int] = Field(description="Observations of each label.")
     never_fired: Annotated[int, Field(ge=0)] = Field(0, description="Features that fired on no observation.")
     settings: CalibrationSettings
+
+    @model_validator(mode="after")
+    def _complete(self) -> "CalibrationInfo":
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("a label is there twice")
+        if len(self.documents) != len(self.labels) or len(self.observations) != len(self.labels):
+            raise ValueError("'documents' and 'observations' have one number for each label")
+        if min(*self.documents, *self.observations) < 0:
+            raise ValueError("a number of texts is negative")
+        if not self.concepts or not set(self.concepts) <= set(self.labels):
+            raise ValueError("'concepts' are some of the labels")
+        return self

@@ -65,16 +65,17 @@ def vllm_args(
 def argument(file: Path, *, inline: bool) -> dict[str, Any]:
     """The value of ``--additional-config`` for a configuration file; raises :class:`StartError` over any mistake in it.
 
-    Whether the SAEs fit the model is found out where the model is: at the start of vLLM.
+    Whether the SAEs and the calibrations fit the model is found out where the model is: at the start of vLLM.
     """
     with imports_of("vllm"):
+        from sae_steer.catalog import ANY_MODEL
         from sae_steer_vllm.config import KEY, catalog_of, read_file
     config, digest = read_file(file)
     sources = [f"{sae.name} ({sae.location})" for sae in config.saes]
     sources += [f"{vector.name} ({vector.location})" for vector in config.vectors]
     _say(f"opening {', '.join(sources) or 'nothing: no SAE and no vector is named'}")
     catalog = catalog_of(config)
-    _check(config, catalog)
+    _check(config, catalog.serving(ANY_MODEL))
     if inline:
         return {KEY: config.model_dump(mode="json", exclude_unset=True)}
     return {KEY: {"file": str(file.resolve()), "digest": digest}}

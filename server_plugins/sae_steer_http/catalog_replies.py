@@ -55,12 +55,22 @@ class FeatureList(Reply):
     data: list[FeatureEntry]
 
 
+class CalibrationEntry(Reply):
+    """What a profile's calibration offers to `app`, and to `mask_range`, `gain` and `ablate`."""
+
+    sae: str
+    site: str
+    concepts: list[str] = Field(description="Which may be asked for.")
+    labels: list[str] = Field(description="What it was told apart from.")
+
+
 class ProfileEntry(Reply):
     """A stored profile, shortly."""
 
     name: str
     description: str
     interventions: int
+    calibration: CalibrationEntry | None = Field(default=None, description="Where it holds one.")
     error: str | None = Field(default=None, description="Why it cannot be used, where it cannot.")
 
 

@@ -9,9 +9,17 @@ from starlette.responses import JSONResponse, Response
 
 from sae_steer.catalog import Catalog
 from sae_steer.errors import Forbidden, RequestError, Unauthorized
-from sae_steer.schema import MAX_READ_FEATURES, MAX_TOP_K, Profile, parse_profile, steering_json_schema
+from sae_steer.schema import (
+    MAX_READ_FEATURES,
+    MAX_TOP_K,
+    Profile,
+    ProfileBody,
+    parse_profile_body,
+    steering_json_schema,
+)
 from sae_steer_http.bodies import read_json
 from sae_steer_http.catalog_replies import (
+    CalibrationEntry,
     Capability,
     CapabilityList,
     Deleted,
@@ -128,7 +136,11 @@ def _entry(catalog: Catalog, name: str) -> ProfileEntry:
         profile = catalog.profile(name)
     except RequestError as error:
         return ProfileEntry(name=name, description="", interventions=0, error=error.message)
-    return ProfileEntry(name=name, description=profile.description, interventions=len(profile.interventions))
+    entry = ProfileEntry(name=name, description=profile.description, interventions=len(profile.interventions))
+    info = profile.calibration
+    if info is not None:
+        entry.calibration = CalibrationEntry(sae=info.sae, site=info.site, concepts=info.concepts, labels=info.labels)
+    return entry
 
 
 @router.get("/profiles/{name}", responses={200: {"model": Profile}, **errors(400, 401, 404)})
@@ -140,11 +152,11 @@ async def get_profile(request: Request, name: ProfileName) -> Response:
 @router.put(
     "/profiles/{name}",
     responses={200: {"model": Profile}, **errors(400, 401, 413)},
-    openapi_extra=request_body(Profile) | admin_security(),
+    openapi_extra=request_body(ProfileBody) | admin_security(),
 )
 async def put_profile(request: Request, name: ProfileName, service: Admin) -> Response:
     """Stores a profile, or replaces it, once it was shown to compile. Requests that run keep what they began with."""
-    profile = parse_profile(await read_json(request, service.max_body_bytes), root="")
+    profile = parse_profile_body(await read_json(request, service.max_body_bytes))
     if profile.name != name:
         raise RequestError(f"name: the profile is called {profile.name!r}, and the address {name!r}.", param="name")
     check_profile(service, profile)

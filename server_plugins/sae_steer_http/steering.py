@@ -1,5 +1,6 @@
 """From a request's model name and ``steering`` field to the program that runs: never to less than was asked."""
 
+import asyncio
 import re
 from collections.abc import Iterator
 
@@ -74,6 +75,23 @@ def compile_steering(service: SteeringService, steering: Steering, model: str) -
         error.message = _as_written(error.message)
         error.param = _as_written(error.param) if error.param is not None else None
         raise
+
+
+async def compile_aside(service: SteeringService, steering: Steering, model: str) -> Program | None:
+    """:func:`compile_steering` in a thread, where there is more to do than to see that nothing is asked.
+
+    A profile is read from disk, and so is its calibration, of which a program takes tens of thousands of numbers.
+    """
+    if not steering.profiles and not steering.interventions and model in service.model_names:
+        return compile_steering(service, steering, model)
+
+    def compiled() -> Program | None:
+        program = compile_steering(service, steering, model)
+        if program is not None:
+            _ = program.digest  # which is kept
+        return program
+
+    return await asyncio.to_thread(compiled)
 
 
 def _as_written(text: str) -> str:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.logging import disable_progress_bar
 
 from sae_steer import embedded
+from sae_steer.calibration.model import of_source
 from sae_steer.capabilities import TRANSFORMERS
 from sae_steer.catalog import Catalog, CatalogSae, Vector
 from sae_steer.errors import StartError
@@ -63,6 +64,8 @@ def load(settings: Settings) -> ServerState:
     settings = with_demo(settings)
     catalog = load_catalog(settings)
     model, tokenizer = load_model(settings)
+    if settings.profiles is not None:
+        catalog = catalog.serving(of_source(settings.model))
     runtime = Runtime.attach(model, catalog, limits=settings.limits, sites=settings.sites)
     metrics = Metrics()
     engine = Engine(

@@ -25,6 +25,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 from vllm.v1.request import RequestStatus
 from vllm.v1.worker.worker_base import WorkerBase
 
+from sae_steer.calibration.model import of_source
 from sae_steer.capabilities import VLLM
 from sae_steer.errors import RequestError, StartError
 from sae_steer.program import Footprint, Program
@@ -94,6 +95,9 @@ def frontend_of(vllm_config: Any) -> Frontend | None:
         return None
     refuse_setup(vllm_config)
     catalog = catalog_of(config)
+    if config.profiles is not None:
+        model, folder = vllm_config.model_config, vllm_config.load_config.download_dir
+        catalog = catalog.serving(of_source(str(model.model), revision=model.revision, cache=folder))
     bos = getattr(vllm_config.model_config.hf_text_config, "bos_token_id", None)
     sites = catalog.sites(config.extra_sites())
     return Frontend(catalog, VLLM, config.limits.limits(), sites, bos if isinstance(bos, int) else None)

@@ -18,7 +18,7 @@ from sae_steer.strict_json import loads
 from sae_steer_http.errors import steer_error_response
 from sae_steer_http.replies import program_headers
 from sae_steer_http.service import SteeringService
-from sae_steer_http.steering import compile_steering, profile_of
+from sae_steer_http.steering import compile_aside, profile_of
 from sae_steer_vllm.answers import Answer, BlockLost, Events
 from sae_steer_vllm.channel import ASK, RESERVED
 from sae_steer_vllm.frontend import Frontend
@@ -68,7 +68,7 @@ class SteeringMiddleware:
                 raise EngineDown("The server is still starting.")
             if len(body) > service.max_body_bytes:
                 raise BodyTooLarge(f"The body is larger than {service.max_body_bytes} bytes, which steering allows.")
-            program = _program(asked, service)
+            program = await _program(asked, service)
             if program is None:  # the field is there and asks for nothing
                 asked.pop(FIELD, None)
                 await self.app(scope, again.with_body(scope, asked), send)
@@ -153,7 +153,7 @@ def _base(service: SteeringService, model: str) -> str:
     return next((name for full, name in ways if full == model), model)
 
 
-def _program(asked: Mapping[str, Any], service: SteeringService) -> Program | None:
+async def _program(asked: Mapping[str, Any], service: SteeringService) -> Program | None:
     """Compiles what a body asks; raises :class:`RequestError`."""
     if asked.get("use_beam_search"):
         service.capabilities.require("beam_search", param="use_beam_search")
@@ -163,7 +163,8 @@ def _program(asked: Mapping[str, Any], service: SteeringService) -> Program | No
     model = asked.get("model")
     # A LoRA adapter is a model of its own to vLLM, which knows whether there is one.
     known = isinstance(model, str) and (model in service.model_names or profile_of_or_none(service, model))
-    return compile_steering(service, steering, model if known and isinstance(model, str) else service.model_names[0])
+    name = model if known and isinstance(model, str) else service.model_names[0]
+    return await compile_aside(service, steering, name)
 
 
 def profile_of_or_none(service: SteeringService, model: str) -> str | None:

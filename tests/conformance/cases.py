@@ -17,7 +17,8 @@ All paths run the model that ships with the package, in float32, with the limits
 prompts come in chunks, slots are waited for, and the key-value cache overflows.
 """
 
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ import torch
 from safetensors.torch import save_file
 
 from sae_steer import embedded
+from sae_steer.calibration.model import of_folder
 from sae_steer.catalog import Catalog, CatalogSae, Vector
 from sae_steer.limits import Limits
 from sae_steer.sae import open_sae
+from tests.calibrations import made_up, write_calibration
 
 SAE = embedded.SAE_NAME
 SITES = ("resid_post.1", "resid_mid.4")
@@ -187,6 +190,44 @@ OPERATIONS = (
         override=True,
     ),
     single("wide program", "wide slots idle", edit(FIRING, "scale", value=1.3)),
+)
+
+CALIBRATION = "topics"
+CONCEPTS = ("sea", "trains", "space", "music")
+
+
+def by_calibration(op: str, concept: str = "sea", **more: Any) -> dict[str, Any]:
+    """An intervention on the features that the calibration chose for a concept."""
+    return {"sae": SAE, "calibration": CALIBRATION, "concept": concept, "op": op, **more}
+
+
+CALIBRATED = (
+    single("app", "no gain table", by_calibration("app")),
+    single("app with a strength", "strength of one", by_calibration("app", strength=6.0, prior="empirical")),
+    single(
+        "app of two concepts",
+        "no gain table",
+        by_calibration("app", prior="target", strength=2.0),
+        by_calibration("app", "music", prior="target", strength=2.0, top=6),
+    ),
+    single(
+        "app behind a gate, on the completion",
+        "no gate",
+        by_calibration("app", strength=6.0, positions="completion", when=_GATE | {"below": 4.0}),
+        prompt="long",
+    ),
+    single("app by a profile", "no gain table", profiles=[CALIBRATION]),
+    single(
+        "app of a profile overridden",
+        "strength of one",
+        by_calibration("app", strength=4.0, top=6),
+        profiles=[CALIBRATION],
+        override=True,
+    ),
+    single("mask_range by a calibration", "no mask", by_calibration("mask_range", sigmas=40.0)),
+    single("gain by a calibration", "residual alone", by_calibration("gain", "trains"), prompt="long"),
+    single("dampening by a calibration", "residual alone", by_calibration("gain", value=0.25, top=6)),
+    single("ablate by a calibration", "residual alone", by_calibration("ablate", "trains")),
 )
 
 POSITIONS = (
@@ -416,11 +457,29 @@ READINGS = (
 CASES: tuple[Case, ...] = (
     Case("plain", ("neighbour's program",), ((Ask("sea"), Ask("garden", _ALL)),)),
     *OPERATIONS,
+    *CALIBRATED,
     *POSITIONS,
     *BATCHES,
     *CACHE,
     *READINGS,
 )
+
+
+def write_calibrations(folder: Path) -> None:
+    """The profiles that come with the package, and a calibration over features that fire."""
+    shutil.copytree(embedded.PROFILES, folder)
+    features = sorted({*FIRING, SEA, TRAINS, SPACE, MUSIC, SCHOOL, SNOW, FOOD})
+    record = made_up(features, len(CONCEPTS), seed=1, bins=16, largest=24.0)
+    density = record.log_density
+    # What fires is mostly of the sea, or of music.
+    density[:, :, 1:] = density[:, :, 1:] * 0.3 + torch.tensor([5.0, 0.0, 0.0, 2.5])[:, None]
+    density -= density.logsumexp(dim=2, keepdim=True)
+    order = [[feature, *(other for other in FIRING if other != feature)] for feature in (SEA, TRAINS, SPACE, MUSIC)]
+    ranks = [[chosen.index(f) if f in chosen else -1 for chosen in order] for f in features]
+    record = replace(record, rank=torch.tensor(ranks, dtype=torch.int32))
+    entry = CatalogSae.make(SAE, open_sae(embedded.SAE))
+    model = of_folder(embedded.FOLDER / "model")
+    write_calibration(folder, CALIBRATION, entry, record, labels=CONCEPTS, model=model)
 
 
 @dataclass(frozen=True)
@@ -435,12 +494,18 @@ class Files:
 
     @classmethod
     def write(cls, folder: Path) -> "Files":
-        """Makes the plain directions: one along a feature, and one that means nothing."""
+        """Makes the plain directions, one along a feature and one that means nothing, and the profiles."""
         decoder = open_sae(embedded.SAE).rows([SEA]).dec[0]
         away = torch.randn(decoder.shape, generator=torch.Generator().manual_seed(5))
         for name, values in {"sea": decoder * 2, "away": away}.items():
             save_file({"direction": values.contiguous()}, folder / f"{name}.safetensors")
+        write_calibrations(folder / "profiles")
         return cls(folder)
+
+    @property
+    def profiles(self) -> Path:
+        """The profiles that come with the package, and a calibration."""
+        return self.folder / "profiles"
 
     @property
     def vectors(self) -> dict[str, Path]:
@@ -450,7 +515,8 @@ class Files:
     def catalog(self) -> Catalog:
         """The catalog."""
         entry = CatalogSae.make(SAE, open_sae(embedded.SAE), whole=True)
-        return Catalog([entry], [Vector.load(*item) for item in self.vectors.items()], embedded.PROFILES)
+        vectors = [Vector.load(*item) for item in self.vectors.items()]
+        return Catalog([entry], vectors, self.profiles, model=of_folder(embedded.FOLDER / "model"))
 
     def plugin(self) -> dict[str, Any]:
         """The same as the configuration of the vLLM plugin."""
@@ -458,7 +524,7 @@ class Files:
             "saes": [{"name": SAE, "location": str(embedded.SAE), "whole": True}],
             "vectors": [{"name": name, "location": str(path)} for name, path in self.vectors.items()],
             "sites": list(SITES),
-            "profiles": str(embedded.PROFILES),
+            "profiles": str(self.profiles),
             "limits": {
                 "max_programs": LIMITS.max_programs,
                 "features": LIMITS.rows,

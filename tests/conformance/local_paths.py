@@ -98,7 +98,7 @@ def attached(files: Files, model: PreTrainedModel) -> Iterator[Attached]:
         model,
         {SAE: embedded.SAE},
         vectors=files.vectors,
-        profiles=embedded.PROFILES,
+        profiles=files.profiles,
         sites=SITES,
         whole=[SAE],
         limits=limits,

@@ -183,6 +183,8 @@ VARIANTS: dict[str, Patch] = {
     "no bounds": _rows(lambda row: replace(row, lo=-_INF, hi=_INF)),
     "no mask": _rows(lambda row: replace(row, mask_lo=_INF, mask_hi=-_INF)),
     "no gate": _rows(lambda row: replace(row, gate=None)),
+    "no gain table": _rows(lambda row: replace(row, gain=None)),
+    "strength of one": _rows(lambda row: replace(row, gamma=1.0)),
     "vector of length one": _rows(lambda row: replace(row, unit=True)),
     "vector as stored": _rows(lambda row: replace(row, unit=False)),
     "first row alone": _programs(_first_row),

@@ -18,11 +18,14 @@ from sae_steer.program import Program
 from sae_steer.sae import open_sae
 from sae_steer.schema import parse_steering
 from sae_steer.sites import Site
+from tests.calibrations import made_up, write_calibration
 from tests.sae_files import write_labels, write_saelens
 
 WIDTH = 16
 FEATURES = 32
 BOS = 1
+CONCEPTS = ("rude", "sad", "calm")
+MODEL = "sha256:the model"
 SITES = tuple(Site.parse(s) for s in ("resid_post.0", "resid_mid.1", "resid_post.1", "mlp_in.2->mlp_out.2"))
 
 Json = dict[str, Any]
@@ -30,7 +33,8 @@ Json = dict[str, Any]
 
 def make_catalog(root: Path, *, width: int = WIDTH, profiles: bool = True) -> Catalog:
     """SAEs ``r0`` at resid_post.0; ``r1``, its twin, ``r1b``, ``tk`` and the whole ``tkw``, ``w1`` at resid_post.1;
-    the transcoder ``tc``; vectors ``v`` and ``u``."""
+    the transcoder ``tc``; vectors ``v`` and ``u``; calibrations ``cal`` and ``cal2`` of r1,
+    ``cal0`` of r0."""
     here = "blocks.1.hook_resid_post"
     common: Json = {"d_in": width, "n_features": FEATURES}
     write_saelens(root / "r0", hook_name="blocks.0.hook_resid_post", seed=10, **common)
@@ -47,7 +51,13 @@ def make_catalog(root: Path, *, width: int = WIDTH, profiles: bool = True) -> Ca
     ]
     generator = torch.Generator().manual_seed(3)
     vectors = [Vector.make(name, torch.randn(width, generator=generator)) for name in ("v", "u")]
-    return Catalog(saes, vectors, root / "profiles" if profiles else None)
+    if not profiles:
+        return Catalog(saes, vectors)
+    by_name = {entry.name: entry for entry in saes}
+    for name, sae, features in (("cal", "r1", range(3, 12)), ("cal2", "r1", range(3, 12)), ("cal0", "r0", range(6))):
+        record = made_up(list(features), len(CONCEPTS), seed=sum(map(ord, name)))
+        write_calibration(root / "profiles", name, by_name[sae], record, labels=CONCEPTS, model=MODEL)
+    return Catalog(saes, vectors, root / "profiles", model=MODEL)
 
 
 def compile_doc(
@@ -93,6 +103,7 @@ names = st.builds(
     st.sampled_from(string.ascii_letters + string.digits),
     st.text(string.ascii_letters + string.digits + "_.-", max_size=20),
 )
+concepts = st.tuples(names, names)
 numbers = st.integers(-(10**12), 10**12) | st.floats(-1e12, 1e12)
 indices = st.integers(0, 2**31 - 1)
 site_names = st.sampled_from(["resid_post.1", "nowhere", "z.3"])
@@ -130,13 +141,16 @@ def interventions(
     vectors: st.SearchStrategy[str] = names,
     sites: st.SearchStrategy[str] = site_names,
     features: st.SearchStrategy[int] = indices,
-    app: bool = True,
+    calibrations: st.SearchStrategy[tuple[str, str]] = concepts,
 ) -> Json:
     """One well-formed intervention of any kind."""
     common: Json = {"when": _when(saes, features), "positions": positions, "skip_bos": st.booleans()}
     kinds = ["value", "scale", "ablate", "mask", "vector-value", "vector-scale", "vector-ablate"]
-    kind = draw(st.sampled_from([*kinds, "app"] if app else kinds))
+    kind = draw(st.sampled_from([*kinds, "app", "calibrated"]))
     many: Json = {"sae": saes, "features": st.lists(features, min_size=1, max_size=4)}
+    calibration, concept = draw(calibrations)
+    which: Json = {"sae": saes, "calibration": st.just(calibration), "concept": st.just(concept)}
+    by: Json = {"top": st.integers(1, 4)}
     along: Json = {"site": sites, "vector": vectors}
     match kind:
         case "value":
@@ -152,10 +166,17 @@ def interventions(
             lo, hi = sorted(draw(st.tuples(numbers, numbers)))
             return draw(_with_some({"op": st.just("mask_range"), "lo": st.just(lo), "hi": st.just(hi), **many}, common))
         case "app":
-            required: Json = {"op": st.just("app"), "sae": saes, "calibration": names, "concept": names}
             strength = st.floats(0, 1000)
             prior = st.sampled_from(["uniform", "target", "empirical"])
-            return draw(_with_some(required, {"strength": strength, "prior": prior, **common}))
+            more: Json = {"strength": strength, "prior": prior, **by, **common}
+            return draw(_with_some({"op": st.just("app"), **which}, more))
+        case "calibrated":
+            op, own = draw(
+                st.sampled_from(
+                    [("ablate", {}), ("gain", {"value": numbers}), ("mask_range", {"sigmas": st.floats(0, 9)})]
+                )
+            )
+            return draw(_with_some({"op": st.just(op), **which}, {**own, **by, **common}))
         case "vector-value":
             ops = st.sampled_from(["add", "clamp", "floor", "cap"])
             units = st.sampled_from(["raw", "residual_norm"])

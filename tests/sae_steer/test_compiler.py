@@ -142,8 +142,8 @@ REFUSALS: dict[str, tuple[Json, str, str]] = {
         "unsupported",
         "steering.error",
     ),
+    "calibration": (steering(APP), "unknown_calibration", f"{HERE}.calibration"),
     # later
-    "app": (steering(APP), "unsupported", f"{HERE}.op"),
     "stop": (
         {"on": [{"sae": "r1", "feature": 1, "above": 1, "action": "stop"}]},
         "unsupported",
@@ -410,13 +410,14 @@ POOLS: Json = {
     "vectors": st.sampled_from(["v", "u", "none"]),
     "sites": st.sampled_from(["resid_post.1", "resid_mid.1", "nowhere", "z.0"]),
     "features": st.integers(0, FEATURES),
+    "calibrations": st.sampled_from([("cal", "rude"), ("cal0", "calm"), ("cal", "none"), ("none", "sad")]),
 }
 GOOD: Json = {
     "saes": st.sampled_from(["r0", "r1", "r1b", "w1", "tc"]),
     "vectors": st.sampled_from(["v", "u"]),
     "sites": st.sampled_from(["resid_post.1", "resid_mid.1"]),
     "features": st.integers(0, FEATURES - 1),
-    "app": False,
+    "calibrations": st.sampled_from([("cal", "rude"), ("cal", "sad"), ("cal0", "calm")]),
 }
 
 

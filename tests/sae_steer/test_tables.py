@@ -213,7 +213,7 @@ def test_dose_and_dropping(catalog: Catalog) -> None:
 
 
 def test_gain_tables(catalog: Catalog) -> None:
-    gain = GainTable(0.5, (0.9, 0.5), 0.25, (0.7,))
+    gain = GainTable.of(0.5, (0.9, 0.5), 0.25, (0.7,))
     row = Row(catalog.sae("r1").sae.fingerprint, 1, "app", gamma=2.0, selector=0, gain=gain)
     compiled = Program((SiteProgram(HERE, (row,)),), (Selector(Phase.ALL),))
     tables = make_tables(catalog)
@@ -243,7 +243,7 @@ def test_a_slot_written_again_holds_the_new_program_alone(catalog: Catalog) -> N
     gate = {"sae": "r1", "feature": 9, "above": 1.5}
     wide = program(edit(features=[1, 2], when=gate, units="residual_norm"), catalog=catalog, dose={"limit": 0.5})
     narrow = program(edit(sae="r1b", features=[5], op="ablate", value=None), catalog=catalog)
-    gained = Row(catalog.sae("r1").sae.fingerprint, 1, "app", selector=0, gain=GainTable(1.0, (0.1, 0.2)))
+    gained = Row(catalog.sae("r1").sae.fingerprint, 1, "app", selector=0, gain=GainTable.of(1.0, (0.1, 0.2)))
     part = SiteProgram(HERE, (gained,))
     tables, fresh = make_tables(catalog), make_tables(catalog)
     tables.write(0, 2, part, Program((part,), (Selector(Phase.ALL),)))

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -42,7 +42,7 @@ KNOWN: dict[str, Any] = {
     "vectors": st.sampled_from(["v", "u"]),
     "sites": st.sampled_from([str(site) for site in SITES[:3]]),
     "features": st.integers(0, 31),
-    "app": False,
+    "calibrations": st.sampled_from([("cal", "rude"), ("cal", "sad"), ("cal0", "calm")]),
 }
 
 
@@ -98,7 +98,7 @@ def test_what_the_compiler_makes_comes_back_equal(document: Json, catalog: Catal
 
 def test_what_the_compiler_never_makes_comes_back_too(catalog: Catalog) -> None:
     """Gain tables are for operations that no host has yet; infinities and floats that decimals cannot write."""
-    gain = GainTable(0.1, (0.1 + 0.2, 5e-324), 1 / 3, (1.0,))
+    gain = GainTable.of(0.1, (0.1 + 0.2, 5e-324), 1 / 3, (1.0,))
     source = catalog.sae("r1").sae.fingerprint
     rows = (Row(source, 1, "app", gamma=2 / 3, selector=0, gain=gain), Row(source, 2, "cap", hi=-0.0, selector=1))
     selectors = (Selector(Phase.RANGES, ((0, 3), (7, 9))), Selector(Phase.COMPLETION, (), 1, (4, 5)))
@@ -130,8 +130,8 @@ def test_every_field_travels(catalog: Catalog) -> None:
         with_row(gate=replace(gated.gate, row=0)),
         with_row(gate=replace(gated.gate, above=0.25)),
         with_row(gate=replace(gated.gate, below=7.0)),
-        with_row(gain=GainTable(1.0, (1.0,))),
-        with_row(gain=GainTable(1.0, (1.0,), 1.0, (2.0,))),
+        with_row(gain=GainTable.of(1.0, (1.0,))),
+        with_row(gain=GainTable.of(1.0, (1.0,), 1.0, (2.0,))),
         *(with_row(**{name: 0.125}) for name in ("scale", "shift", "lo", "hi", "mask_lo", "mask_hi", "gamma")),
         replace(base, sites=(replace(part, site=SITES[0]),)),
         replace(base, sites=(replace(part, drop=row.source),)),
@@ -170,6 +170,11 @@ def sample(catalog: Catalog) -> Json:
     return json.loads(to_text(made))  # type: ignore[no-any-return]
 
 
+def gains(width: float, values: list[float]) -> Json:
+    """A gain table as it is sent."""
+    return asdict(GainTable.of(width, values))
+
+
 ROW = ("sites", 1, "rows", 1)  # the first is the direction
 SELECTORS: Json = {"phase": "all", "ranges": [], "skip_token": None, "token_in": None}
 NAN, INF = math.nan, math.inf
@@ -195,10 +200,13 @@ WRONG: list[tuple[tuple[str | int, ...], Any, str]] = [
     *(((*ROW, name), -1e300, "too large") for name in ("scale", "shift", "lo", "hi", "mask_lo", "mask_hi")),
     ((*ROW, "gate", "above"), NAN, "not finite"),
     ((*ROW, "gate", "below"), 1e300, "too large"),
-    ((*ROW, "gain"), {"width_pos": NAN, "positive": [1.0]}, "not finite"),
-    ((*ROW, "gain"), {"width_pos": -1.0, "positive": [1.0]}, "not finite"),
-    ((*ROW, "gain"), {"width_pos": 1.0, "positive": [INF]}, "not finite"),
-    ((*ROW, "gain"), {"width_pos": 1.0, "positive": [1.0] * (GAIN_BINS + 1)}, "too large"),
+    ((*ROW, "gain"), gains(NAN, [1.0]), "not finite"),
+    ((*ROW, "gain"), gains(-1.0, [1.0]), "not finite"),
+    ((*ROW, "gain"), gains(1.0, [INF]), "not finite"),
+    ((*ROW, "gain"), gains(1.0, [1.0] * (GAIN_BINS + 1)), "too large"),
+    ((*ROW, "gain"), {"width_pos": 1.0, "positive": "AACAPw"}, "not finite"),
+    ((*ROW, "gain"), {"width_pos": 1.0, "positive": "AACAPwA="}, "not finite"),
+    ((*ROW, "gain"), {"width_pos": 1.0, "positive": "not base64"}, "not finite"),
     (("selectors",), [], "no selector"),
     (("selectors",), [SELECTORS | {"skip_token": i} for i in range(32)], "too many"),
     (("selectors", 1), SELECTORS | {"token_in": [3, 4]}, "selector is there twice"),

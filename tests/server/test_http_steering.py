@@ -8,8 +8,11 @@ from typing import Any
 import httpx
 import pytest
 
+from sae_steer.calibration.model import of_folder
+from sae_steer.errors import StartError
 from sae_steer.schema import steering_json_schema
-from tests.server.conftest import Serve, Served
+from tests.calibrations import made_up, write_calibration
+from tests.server.conftest import FEATURES, Serve, Served
 
 ADMIN = {"X-Steering-Admin-Key": "admin sesame"}
 CLAMP = {"sae": "last", "features": [3], "op": "clamp", "value": 6.0}
@@ -29,6 +32,16 @@ def profiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(serve: Serve, profiles: Path) -> Iterator[Served]:
     with serve(profiles=profiles, admin_key="admin sesame") as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def calibrated(profiles: Path, served: Served) -> Path:
+    """A calibration in the folder of the running server."""
+    entry = served.state.steering.catalog.sae("last")
+    record = made_up(range(FEATURES // 2), 3, largest=4.0)
+    model = of_folder(Path(served.state.settings.model))
+    write_calibration(profiles, "manners", entry, record, labels=("rude", "plain", "kind"), model=model)
+    return profiles / "manners"
 
 
 def complete(client: httpx.Client, **body: Any) -> dict[str, Any]:
@@ -253,3 +266,96 @@ def test_a_broken_profile_hides_no_other(serve: Serve, tmp_path: Path) -> None:
         assert entries.keys() == {"good", "odd"}
         assert entries["good"]["interventions"] == 1
         assert "'odd' is broken" in entries["odd"]["error"]
+
+
+APP = {"op": "app", "sae": "last", "calibration": "manners", "concept": "rude"}
+
+
+@pytest.fixture
+def calibration(calibrated: Path) -> Iterator[Path]:
+    """The calibration's folder, which a test may spoil."""
+    kept = {path.name: path.read_bytes() for path in calibrated.iterdir()}
+    yield calibrated
+    for name, content in kept.items():
+        (calibrated / name).write_bytes(content)
+
+
+def test_a_calibration_is_a_profile_a_model_and_a_word_in_an_edit(client: httpx.Client, calibration: Path) -> None:
+    asked = complete(client, steering={"interventions": [APP]})
+    ops = {entry["op"] for entry in asked["choices"][0]["steering"]["applied"]["features"]}
+    assert ops == {"app"}
+    assert complete(client, steering={"profiles": ["manners"]})["steering"] == asked["steering"]
+    assert complete(client, model="tiny:manners")["steering"] == asked["steering"]
+    rivals = [
+        complete(client, steering={"interventions": [APP | {"op": op}]}) for op in ("ablate", "gain", "mask_range")
+    ]
+    assert len({answer["steering"]["program"] for answer in [asked, *rivals]}) == 4
+
+
+def test_a_calibration_is_listed(client: httpx.Client, calibration: Path) -> None:
+    entries = {entry["name"]: entry for entry in client.get("/v1/steering/profiles").json()["data"]}
+    assert entries["manners"]["calibration"] == {
+        "sae": "last",
+        "site": "resid_post.1",
+        "concepts": ["rude", "plain", "kind"],
+        "labels": ["rude", "plain", "kind"],
+    }
+    assert "calibration" not in entries["calm"]
+    assert client.get("/v1/steering/profiles/manners").json()["calibration"]["documents"] == [100, 200, 300]
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "code"),
+    [
+        ({"calibration": "calm"}, "calibration", "unknown_calibration"),
+        ({"calibration": "../manners"}, "calibration", "invalid_steering"),
+        ({"concept": "merry"}, "concept", "unknown_concept"),
+        ({"top": 9}, "top", "out_of_range"),
+        ({"top": 0}, "top", "invalid_steering"),
+        ({"strength": -1}, "strength", "invalid_steering"),
+        ({"prior": "flat"}, "prior", "invalid_steering"),
+        ({"features": [1]}, "features", "unknown_field"),
+    ],
+)
+def test_an_edit_by_a_calibration_that_cannot_be_honoured(
+    client: httpx.Client, calibration: Path, change: dict[str, Any], param: str, code: str
+) -> None:
+    found = refusal(client, steering={"interventions": [APP | change]})
+    assert found == (f"steering.interventions[0].{param}", code)
+
+
+def test_a_calibration_that_breaks_while_the_server_runs(client: httpx.Client, calibration: Path) -> None:
+    before = complete(client, steering={"interventions": [APP]})
+    file, profile = calibration / "profile.safetensors", calibration / "profile.json"
+    document = json.loads(profile.read_text())
+    document["calibration"]["file"] = "sha256:" + "0" * 64
+    profile.write_text(json.dumps(document))
+    assert refusal(client, steering={"interventions": [APP]}) == (
+        "steering.interventions[0].calibration",
+        "broken_profile",
+    )
+    assert refusal(client, model="tiny:manners") == ("model.interventions[0].calibration", "broken_profile")
+    file.unlink()
+    assert refusal(client, model="tiny:manners") == ("model.interventions[0].calibration", "broken_profile")
+    assert complete(client)["choices"]
+    assert before["steering"]["program"]
+
+
+def test_no_client_stores_a_calibration_or_loses_one(client: httpx.Client, calibration: Path) -> None:
+    stored = client.get("/v1/steering/profiles/manners").json()
+    reply = client.put("/v1/steering/profiles/mine", json=stored | {"name": "mine"}, headers=ADMIN)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "calibration")
+    del stored["calibration"]
+    assert client.put("/v1/steering/profiles/manners", json=stored, headers=ADMIN).status_code == 403
+    reply = client.put("/v1/steering/profiles/mine", json=stored | {"name": "mine"}, headers=ADMIN)
+    assert reply.status_code == 200, reply.text
+    assert complete(client, model="tiny:mine")["steering"] == complete(client, model="tiny:manners")["steering"]
+    assert client.delete("/v1/steering/profiles/mine", headers=ADMIN).status_code == 200
+
+
+def test_a_calibration_of_another_model_refuses_the_start(serve: Serve, served: Served, tmp_path: Path) -> None:
+    entry = served.state.steering.catalog.sae("last")
+    record = made_up(range(6), 2)
+    write_calibration(tmp_path, "foreign", entry, record, labels=("a", "b"), model="sha256:another")
+    with pytest.raises(StartError, match="made for the model sha256:another"), serve(profiles=tmp_path):
+        pass

@@ -161,7 +161,7 @@ BAD: list[tuple[Any, str]] = [
     ({"profiles": ["../secret"]}, "invalid_steering"),
     ({"profiles": ["none"]}, "unknown_profile"),
     (steering(edit(sae="none")), "unknown_sae"),
-    (steering(edit(op="app", value=None, features=None, calibration="c", concept="x")), "unsupported"),
+    (steering(edit(op="app", value=None, features=None, calibration="c", concept="x")), "unknown_calibration"),
 ]
 
 

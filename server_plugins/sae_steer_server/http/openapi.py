@@ -7,11 +7,11 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 import sae_steer
-from sae_steer.schema import Profile
+from sae_steer.schema import ProfileBody
 from sae_steer_http.openapi import complete, errors
 from sae_steer_server.http.openai_models import ChatRequest, CompletionRequest
 
-_BODIES: tuple[type[BaseModel], ...] = (ChatRequest, CompletionRequest, Profile)
+_BODIES: tuple[type[BaseModel], ...] = (ChatRequest, CompletionRequest, ProfileBody)
 
 GENERATION_ERRORS = errors(400, 401, 404, 413, 422, 429, 503)
 

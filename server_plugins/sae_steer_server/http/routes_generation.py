@@ -10,7 +10,7 @@ from sae_steer_http.bodies import parse_body, read_json
 from sae_steer_http.openapi import request_body
 from sae_steer_http.readings import check_reading_size
 from sae_steer_http.replies import Reply, edits_digest
-from sae_steer_http.steering import compile_steering
+from sae_steer_http.steering import compile_aside
 from sae_steer_server.engine.sampling import Sampling
 from sae_steer_server.http.disconnect import while_connected
 from sae_steer_server.http.form_chat import ChatForm
@@ -38,7 +38,7 @@ async def chat_completions(request: Request) -> Response:
     """Answers a conversation, steered or not, whole or as a stream."""
     state = state_of(request)
     body = parse_body(ChatRequest, await read_json(request, state.settings.max_body_bytes))
-    program = compile_steering(state.steering, body.steering, body.model)
+    program = await compile_aside(state.steering, body.steering, body.model)
     prompts = [await chat_prompt(state, body)]
     asked, param = body.max_completion_tokens, "max_completion_tokens"
     if asked is None:
@@ -68,7 +68,7 @@ async def completions(request: Request) -> Response:
     """Continues one or several prompts, steered or not, whole or as a stream."""
     state = state_of(request)
     body = parse_body(CompletionRequest, await read_json(request, state.settings.max_body_bytes))
-    program = compile_steering(state.steering, body.steering, body.model)
+    program = await compile_aside(state.steering, body.steering, body.model)
     prompts = await completion_prompts(state, body)
     asked = body.max_tokens if body.max_tokens is not None else _COMPLETION_TOKENS
     check_reading_size(program, state.steering.limits, map(len, prompts), asked, choices=body.n or 1)
