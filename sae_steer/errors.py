@@ -20,6 +20,7 @@
     └── StartError                   500  the server refuses to start
         ├── SiteError                     a place that does not parse or that the model does not have
         ├── WidthMismatch                 an SAE and a model of different widths
+        ├── DataError                     labelled text that cannot be used as it is
         └── CheckpointError               an SAE file that cannot be read exactly
             ├── UnsafeCheckpoint              it is a pickle: never executed
             └── UnsupportedCheckpoint         it is read, but its forward is not one we compute exactly
@@ -183,6 +184,12 @@ class WidthMismatch(StartError):
     """An SAE and a model of different widths."""
 
     code = "width_mismatch"
+
+
+class DataError(StartError):
+    """Labelled text that cannot be used as it is."""
+
+    code = "bad_data"
 
 
 class CheckpointError(StartError):
