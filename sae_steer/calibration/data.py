@@ -156,7 +156,10 @@ class Reader:
         start, before = self.offset, self.line
         self.offset = self.line = 0
         delimiter = self._delimiter or ","
-        header = next(csv.reader(self._lines(file), delimiter=delimiter, strict=True), [])
+        try:
+            header = next(csv.reader(self._lines(file), delimiter=delimiter, strict=True), [])
+        except csv.Error as error:
+            raise DataError(f"{self.path}, line 1: the header cannot be read ({error}).") from None
         self._check_header(header)
         if start:
             self.offset, self.line = start, before
@@ -189,6 +192,9 @@ class Reader:
     def _check_header(self, header: list[str]) -> None:
         c = self.columns
         wanted = [c.text, c.label, c.start, c.end, c.word, *(name for name, _ in c.only)]
+        twice = next((name for name in header if name in wanted and header.count(name) > 1), None)
+        if twice is not None:
+            raise DataError(f"{self.path} has two columns {twice!r}.")
         missing = [name for name in wanted if name is not None and name not in header]
         if missing:
             raise DataError(

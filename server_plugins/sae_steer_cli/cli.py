@@ -7,11 +7,15 @@ import typer
 
 import sae_steer
 from sae_steer.schema import steering_json_schema
+from sae_steer_cli.calibrate import CALIBRATE_HELP, calibrate
 from sae_steer_cli.convert import CONVERT_HELP, convert
 from sae_steer_cli.evaluate import evaluate
+from sae_steer_cli.find import FIND_HELP, find
 from sae_steer_cli.inspect_sae import INSPECT_HELP, inspect
 from sae_steer_cli.selftest import SELFTEST_HELP, selftest
+from sae_steer_cli.separability import SEPARABILITY_HELP, separability
 from sae_steer_cli.serve import SERVE_HELP, serve
+from sae_steer_cli.sweep import SWEEP_HELP, sweep
 from sae_steer_cli.vllm_args import VLLM_ARGS_HELP, vllm_args
 
 app = typer.Typer(
@@ -38,6 +42,10 @@ app.command(help=SELFTEST_HELP)(selftest)
 app.command(help=INSPECT_HELP)(inspect)
 app.command(help=CONVERT_HELP)(convert)
 app.add_typer(evaluate, name="evaluate")
+app.command(help=CALIBRATE_HELP)(calibrate)
+app.command(help=FIND_HELP)(find)
+app.command(help=SEPARABILITY_HELP)(separability)
+app.command(help=SWEEP_HELP)(sweep)
 
 
 @app.command()

@@ -36,6 +36,7 @@ from sae_steer_vllm.channel import ASK, CARRIED, ON_OUTPUT, PROGRAM, SLOT, TICKE
 from sae_steer_vllm.config import PluginConfig, catalog_of, config_of
 from sae_steer_vllm.frontend import Frontend, Told, admit
 from sae_steer_vllm.gate import Gate
+from sae_steer_vllm.harvest import Harvest
 from sae_steer_vllm.refusals import refuse_setup
 from sae_steer_vllm.worker import Carried, Shape, Worker
 
@@ -112,6 +113,7 @@ def register() -> None:
     for where, wrap in _WRAPPERS.items():
         _install(where, wrap)
     WorkerBase.sae_steer_describe = _describe  # type: ignore[attr-defined]
+    WorkerBase.sae_steer_harvest = _harvest  # type: ignore[attr-defined]
 
 
 def _install(where: str, wrap: Callable[..., Any]) -> None:
@@ -438,6 +440,29 @@ def _describe(self: Any) -> dict[str, Any] | None:
     """What a worker has, asked by the front end over ``collective_rpc``."""
     worker: Worker | None = getattr(self.model_runner, MINE, None)
     return worker.describe() if worker is not None else None
+
+
+def _harvest(self: Any, command: str, payload: bytes) -> bytes | bool | None:
+    """Begins a calibration in a worker, or takes what it counted; asked over ``collective_rpc``."""
+    runner = self.model_runner
+    worker: Worker | None = getattr(runner, MINE, None)
+    if worker is None:
+        raise StartError("This engine has no configuration of the plugin.")
+    if command == "take":
+        return worker.harvest.take() if worker.harvest is not None else None
+    if get_tp_group().rank_in_group == 0:
+        worker.harvest = Harvest.start(runner.get_model(), worker.catalog, payload, runner.device)
+    return worker.harvest is not None
+
+
+def offline_engine(options: dict[str, Any]) -> tuple[Any, Callable[[dict[str, Any]], Any]]:
+    """``vllm.LLM``, and what makes the parameters of a request of one token from its ``extra_args``."""
+    from vllm import LLM, SamplingParams
+
+    def params(extra_args: dict[str, Any]) -> Any:
+        return SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, extra_args=extra_args)
+
+    return LLM(**options), params
 
 
 def _prepare_v1(original: Any, self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:

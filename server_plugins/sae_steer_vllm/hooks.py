@@ -50,6 +50,21 @@ def install(model: nn.Module, site: Site, name: str) -> bool:
     return True
 
 
+def listen(model: nn.Module, place: Place, act: Callable[[Tensor, Tensor | None], None]) -> bool:
+    """Calls ``act(x, residual)`` in every eager forward pass, for as long as the model lives.
+
+    Returns:
+        Whether the place is in this process; False where another stage of a pipeline has it.
+
+    Raises:
+        SiteError: The model has no such place.
+    """
+    if locate(model, place)[0] is None:
+        return False
+    _tap(model, place, act)
+    return True
+
+
 def _tap(model: nn.Module, place: Place, act: Callable[[Tensor, Tensor | None], None]) -> None:
     """Calls ``act(x, residual)`` on the tensor at a place; ``residual`` is None where the tensor is whole."""
     module, side = locate(model, place)

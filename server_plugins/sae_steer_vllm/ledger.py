@@ -89,7 +89,13 @@ LEDGER: tuple[Symbol, ...] = (
     ),
     Symbol("vllm.v1.engine.async_llm:AsyncLLM.__init__", "joins the front end's two halves", until=_SEAM),
     Symbol("vllm.v1.engine.llm_engine:LLMEngine.__init__", "the same for LLM", until=_SEAM),
-    Symbol("vllm.v1.worker.worker_base:WorkerBase", "gains sae_steer_describe, for the start's handshake", until=_SEAM),
+    Symbol(
+        "vllm.v1.worker.worker_base:WorkerBase",
+        "gains sae_steer_describe, for the start's handshake, and sae_steer_harvest, for calibration",
+        until=_SEAM,
+    ),
+    Symbol("vllm:LLM", "runs the texts of a calibration"),
+    Symbol("vllm:SamplingParams", "says of each which of its tokens are observed"),
     Symbol(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner.load_model",
         "hooks the model (V1 runner)",

@@ -24,6 +24,7 @@ from sae_steer.tables import SiteTables
 from sae_steer.wire import parse
 from sae_steer_kernels import warm_up
 from sae_steer_vllm.channel import PROGRAM, SLOT, Snapshot
+from sae_steer_vllm.harvest import Harvest
 from sae_steer_vllm.hooks import install
 from sae_steer_vllm.worker_reads import ReadPlan, StepReads, read_runs
 
@@ -208,6 +209,8 @@ class Worker:
         self._batch: _Batch | None = None
         self._reads: StepReads | None = None
         self._features = {e.sae.fingerprint: e.sae.spec.n_features for e in catalog.saes.values()}
+        self.harvest: Harvest | None = None
+        """What a calibration counts here; None = there is none."""
 
     @property
     def nbytes(self) -> int:
@@ -234,6 +237,8 @@ class Worker:
 
     def meet(self, request: str, extra_args: Mapping[str, Any] | None, prompt_length: int) -> None:
         """Learns of a request, once it is scheduled; one that was preempted and comes back is known already."""
+        if self.harvest is not None:
+            self.harvest.meet(request, extra_args)
         if not extra_args or PROGRAM not in extra_args or request in self._runs:
             return
         self._batch = None
@@ -289,6 +294,8 @@ class Worker:
             tokens: ``[T]`` token ids, on the device.
             count: ``T``.
         """
+        if self.harvest is not None:
+            self.harvest.begin(requests, starts, positions)
         if self._batch is None or self._batch.requests != requests:
             self._batch = self._plan(requests)
         plan = self._batch.plan
