@@ -21,7 +21,7 @@ from sae_steer.sites import Site
 from sae_steer.slots import Bucket, Slot, SlotPool, buckets_of
 from sae_steer.step import Span, StepMap
 from sae_steer.tables import SiteTables
-from sae_steer_kernels import warm_up
+from sae_steer_kernels import traced, warm_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +151,7 @@ class Runtime:
         """The ``applied`` block of a run."""
         return run.report(self.catalog.name_of)
 
+    @traced("sae_steer::begin_step")
     def begin_step(self, spans: Sequence[Span]) -> None:
         """Lays out the next forward pass: ``spans`` in the order of its flattened tokens."""
         self._step.fill(spans)
@@ -161,6 +162,7 @@ class Runtime:
         for site, layer in self._layers.items():
             layer.arm(frozenset(armed[site]))
 
+    @traced("sae_steer::end_step")
     def end_step(self) -> StepSummary:
         """Gathers what the forward pass did into its runs, and lays out an idle step."""
         placed = self._step.placed

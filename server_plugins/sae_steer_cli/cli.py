@@ -7,6 +7,7 @@ import typer
 
 import sae_steer
 from sae_steer.schema import steering_json_schema
+from sae_steer_cli.bench import bench
 from sae_steer_cli.convert import CONVERT_HELP, convert
 from sae_steer_cli.inspect_sae import INSPECT_HELP, inspect
 from sae_steer_cli.selftest import SELFTEST_HELP, selftest
@@ -36,6 +37,7 @@ app.command("vllm-args", help=VLLM_ARGS_HELP)(vllm_args)
 app.command(help=SELFTEST_HELP)(selftest)
 app.command(help=INSPECT_HELP)(inspect)
 app.command(help=CONVERT_HELP)(convert)
+app.add_typer(bench, name="bench")
 
 
 @app.command()

@@ -21,7 +21,7 @@ from sae_steer.sites import Kind, Place, Site
 from sae_steer.slots import Slot, buckets_of
 from sae_steer.tables import SiteTables
 from sae_steer.wire import parse
-from sae_steer_kernels import warm_up
+from sae_steer_kernels import traced, warm_up
 from sae_steer_vllm.channel import PROGRAM, SLOT, Snapshot
 from sae_steer_vllm.hooks import install
 
@@ -270,6 +270,7 @@ class Worker:
                 tables.clear(slot.bucket, slot.index)
         self.step.load(slot.bucket, slot.index, program)
 
+    @traced("sae_steer::begin_step")
     def begin(self, requests: Sequence[str], starts: Tensor, positions: Tensor, tokens: Tensor, count: int) -> None:
         """Lays out the next forward pass.
 
@@ -314,6 +315,7 @@ class Worker:
             [request for request in requests if request in self._errors],
         )
 
+    @traced("sae_steer::end_step")
     def end(self, before: Carried | None) -> Carried | None:
         """Ends the forward pass.
 
