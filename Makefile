@@ -23,10 +23,10 @@ STAMP := .venv/.installed-vllm-$(VLLM)
 TORCH := $(shell grep '^torch==' constraints-cpu.txt)+cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all oracle vllm-matrix lint format bench gpu embedded clean $(OLDER:%=vllm-%)
+.PHONY: help venv demo test test-all oracle vllm-matrix lint format bench peers docs gpu embedded clean $(OLDER:%=vllm-%)
 
 # nothing is downloaded while tests or the demo run
-demo test test-all oracle vllm-matrix: export HF_HUB_OFFLINE = 1
+demo test test-all oracle vllm-matrix bench peers: export HF_HUB_OFFLINE = 1
 
 # print this list
 help:
@@ -99,17 +99,39 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# measure what an attached but idle plugin costs, and what steering costs vLLM
+# measure what steering costs: attached and idle, a decode step of vLLM, vLLM and the embedded server over HTTP
 bench: venv
+	rm -rf build/random build/bench-vllm build/bench-demo
 	$(BIN)/python benchmarks/attach_idle.py
-	$(BIN)/python benchmarks/vllm_decode.py
+	$(BIN)/python benchmarks/vllm_decode.py --minutes 2
+	$(BIN)/python benchmarks/random_model.py build/random
+	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/sae-steer bench serve --launch "$$(cat build/random/launch.txt)" --generator openai \
+	  --quick --prompt-tokens 8 --output-tokens 24 --minutes 1.5 --out build/bench-vllm
+	$(BIN)/sae-steer bench serve --quick --minutes 1 --out build/bench-demo
+	for name in vllm demo; do cp build/bench-$$name/result.json benchmarks/results/serve_$$name.json; done
+	$(BIN)/python benchmarks/render.py
+
+# the same operation by vLLM, sae-steer, vllm-lens and SAELens, the last two installed apart
+peers: venv .venv-oracle/.installed .venv-lens/.installed
+	$(BIN)/python benchmarks/peers.py --lens .venv-lens --saelens .venv-oracle/bin/python --minutes 1.5
+	$(BIN)/python benchmarks/render.py
+
+# Without what it asks for: it pins an older vLLM, and runs on this one.
+.venv-lens/.installed: Makefile
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python --upgrade \
+	  --target $(@D) vllm-lens==1.3.0 zstandard cloudpickle
+	@touch $@
+
+# write the README's tables and plots again, from the committed results
+docs: venv
+	$(BIN)/python benchmarks/render.py
 
 # test and measure the Triton kernels on this machine's GPU, with the Python that PYTHON names
 gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/server_plugins
 gpu: export HF_HUB_OFFLINE = 1
 gpu:
 	$(PYTHON) -m pytest tests/gpu
-	$(PYTHON) benchmarks/kernels.py
+	$(PYTHON) benchmarks/gpu_ops.py
 	$(PYTHON) benchmarks/render.py
 	@command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer: memory and races stay unchecked" >&2; exit 1; }
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest $(SANITIZED)
@@ -121,5 +143,5 @@ embedded:
 
 # remove the environments, builds and caches
 clean:
-	rm -rf .venv .venv-oracle .venv-vllm-* build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lens .venv-oracle .venv-vllm-* build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,84 +9,32 @@ bootstrap interval. The run goes on until the interval is half as wide as the bo
 
 import argparse
 import json
-import math
 import platform
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from safetensors.torch import save_file
+from random_model import HOOKED, build, write_sae
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import sae_steer
+from sae_steer_bench.machine import cpu_name
+from sae_steer_bench.stats import paired_ratio
 
-HOOKED = (2, 5, 8, 11)
-FEATURES = 64
 BOUND = 0.01
-
-
-def build() -> PreTrainedModel:
-    """A random Llama of about 100 M parameters."""
-    config = LlamaConfig(
-        vocab_size=16384,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=12,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
-
-
-def write_sae(folder: Path, width: int, layer: int) -> Path:
-    """A random JumpReLU SAE in SAELens' layout."""
-    folder.mkdir()
-    directions = torch.nn.functional.normalize(torch.randn(FEATURES, width), dim=1)
-    save_file(
-        {
-            "W_enc": directions.T.contiguous(),
-            "W_dec": directions,
-            "b_enc": torch.zeros(FEATURES),
-            "b_dec": torch.zeros(width),
-            "threshold": torch.full((FEATURES,), 0.1),
-        },
-        folder / "sae_weights.safetensors",
-    )
-    config = {
-        "architecture": "jumprelu",
-        "d_in": width,
-        "d_sae": FEATURES,
-        "dtype": "float32",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": {"hook_name": f"blocks.{layer}.hook_resid_post", "sae_lens_version": "6.54.12"},
-    }
-    (folder / "cfg.json").write_text(json.dumps(config))
-    return folder
 
 
 def seconds(pass_: Callable[[], object]) -> float:
     start = time.perf_counter()
     pass_()
     return time.perf_counter() - start
-
-
-def interval(ratios: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
-    """A 95 % bootstrap interval of the median."""
-    medians = np.median(rng.choice(ratios, size=(2000, ratios.size)), axis=1)
-    low, high = np.percentile(medians, [2.5, 97.5])
-    return float(low), float(high)
 
 
 @torch.no_grad()
@@ -105,9 +53,8 @@ def measure(model: PreTrainedModel, saes: dict[str, Path], tokens: torch.Tensor,
     plain_logits = forward()
     with sae_steer.attach(model, saes=saes):
         assert torch.equal(forward(), plain_logits), "an idle attachment changed the logits"
-    rng = np.random.default_rng(0)
-    plain, hooked = [], []
-    bounds = (-math.inf, math.inf)
+    plain: list[float] = []
+    hooked: list[float] = []
     for number in tqdm(range(pairs), desc=f"{tokens.shape[1]} tokens", unit="pair"):
         if number % 2:
             hooked.append(attached())
@@ -116,28 +63,20 @@ def measure(model: PreTrainedModel, saes: dict[str, Path], tokens: torch.Tensor,
             plain.append(seconds(forward))
             hooked.append(attached())
         if number >= 60 and number % 20 == 0:
-            bounds = interval(np.array(hooked) / np.array(plain), rng)
-            if bounds[1] - bounds[0] < BOUND / 2:
+            bounds = paired_ratio(hooked, plain)
+            if bounds.high - bounds.low < BOUND / 2:
                 break
-    ratios = np.array(hooked) / np.array(plain)
-    low, high = interval(ratios, rng)
+    ratio = paired_ratio(hooked, plain)
     return {
         "tokens": tokens.shape[1],
-        "pairs": len(ratios),
-        "plain_ms_median": 1e3 * float(np.median(plain)),
-        "attached_ms_median": 1e3 * float(np.median(hooked)),
-        "ratio_median": float(np.median(ratios)),
-        "ratio_interval_95": [low, high],
-        "interval_narrower_than_bound": high - low < BOUND,
-        "cost_below_bound": high < 1 + BOUND,
+        "pairs": len(plain),
+        "plain_ms_median": 1e3 * median(plain),
+        "attached_ms_median": 1e3 * median(hooked),
+        "ratio_median": ratio.median,
+        "ratio_interval_95": [ratio.low, ratio.high],
+        "interval_narrower_than_bound": ratio.high - ratio.low < BOUND,
+        "cost_below_bound": ratio.high < 1 + BOUND,
     }
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def main() -> None:

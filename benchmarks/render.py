@@ -1,10 +1,13 @@
-"""Writes the numbers of the committed results into the README, between its markers.
+"""Writes the numbers of the committed results into the README, between its markers, and draws their plots.
 
-python benchmarks/render.py            # rewrite README.md
-python benchmarks/render.py --check    # exit with 1 where it is out of date
+python benchmarks/render.py            # rewrite README.md and docs/plots
+python benchmarks/render.py --check    # exit with 1 where they are out of date
+
+A plot holds the digest of the result that it was drawn from: its bytes may differ from one matplotlib to the next.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -12,9 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from sae_steer_bench.plots import forest, ratios_of
+from sae_steer_bench.records import Interval, Result
+from sae_steer_bench.table import baselines, ratio_text
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
+PLOTS = ROOT / "docs" / "plots"
 
 
 def attach_idle(result: dict[str, Any]) -> str:
@@ -62,6 +72,8 @@ def vllm_decode(result: dict[str, Any]) -> str:
             f"{result['rounds']} rounds ({machine}):",
             "",
             *rows,
+            "",
+            _picture("vllm_decode", "a decode step of vLLM"),
         ]
     )
 
@@ -104,18 +116,129 @@ def kernels(result: dict[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-SECTIONS: dict[str, tuple[Path, Callable[[Any], str]]] = {
-    "attach_idle": (RESULTS / "attach_idle.json", attach_idle),
-    "vllm_decode": (RESULTS / "vllm_decode.json", vllm_decode),
-    # Needs a GPU: where there is no result, the section says so.
-    "kernels": (RESULTS / "kernels.json", kernels),
+def peers(result: dict[str, Any] | None) -> str:
+    if result is None:
+        return "The peers were not measured here yet: `make peers` does it."
+    versions = result["versions"]
+    named = ", ".join(f"{name} {versions[name]}" for name in ("vllm", "vllm-lens", "sae_lens", "transformers"))
+    lines = [
+        f"A batch of {result['sequences']} sequences ({result['prompt_tokens']} prompt and {result['output_tokens']} "
+        f"completion tokens) of a random model of {result['parameters'] / 1e6:.0f} M parameters in {result['dtype']}, "
+        f"plain and with a vector added at {len(result['hooked_layers'])} layers, {result['rounds']} rounds "
+        f"({result['hardware']['cpu']}, {result['hardware']['threads']} threads, torch {versions['torch']}, {named}; "
+        f"`{result['command']}`):",
+        "",
+        "| who | requests | graph | the batch | ratio to vLLM, compiled | to vLLM, eager | to itself, plain |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        ratios = (_ratio(row["ratios"].get(base)) for base in ("plain_compiled", "plain_eager", "itself"))
+        lines.append(
+            f"| {row['peer']} | {'a vector added' if row['steered'] else 'plain'} "
+            f"| {'compiled' if row['compiled'] else 'eager'} | {row['seconds_median']:.2f} s | {' | '.join(ratios)} |"
+        )
+    return "\n".join([*lines, "", result["why_baselines_differ"], "", _picture("peers", "the batch of each peer")])
+
+
+def peers_plot(result: dict[str, Any]) -> tuple[list[tuple[str, Interval]], str]:
+    rows = [
+        (f"{row['peer']}, {'vector' if row['steered'] else 'plain'}", Interval(**row["ratios"]["plain_compiled"]))
+        for row in result["rows"]
+        if "plain_compiled" in row["ratios"]
+    ]
+    return rows, "seconds of the batch, ratio to plain vLLM, compiled (less is better)"
+
+
+def vllm_decode_plot(result: dict[str, Any]) -> tuple[list[tuple[str, Interval]], str]:
+    rows = [
+        (case["case"], Interval(median=case["ratio_median"], low=low, high=high))
+        for case in result["cases"]
+        for low, high in [case["ratio_interval_95"]]
+        if case["case"] != "plain"
+    ]
+    return rows, "a decode step, ratio to plain vLLM (less is better)"
+
+
+def served(name: str, what: str) -> Callable[[Any], str]:
+    """Renders a result of ``sae-steer bench serve``."""
+
+    def render(found: dict[str, Any] | None) -> str:
+        if found is None:
+            return f"{what[0].upper()}{what[1:]} was not measured here yet: `make bench` does it."
+        result = Result.model_validate(found)
+        plan, there = result.plan, baselines(result)
+        lines = [
+            f"Over HTTP, {what}: {plan.loads[0].concurrency} requests at once, {plan.prompt_tokens} prompt and "
+            f"{plan.output_tokens} completion tokens each, {plan.requests} requests a measurement, {result.rounds} "
+            f"rounds ({plan.machine.cpu}, {plan.machine.cores} cores, torch {plan.versions.get('torch')}; "
+            "`make bench`):",
+            "",
+            f"| case | TTFT | TPOT | tokens/s | {' | '.join(f'TPOT, ratio to {each}' for each in there)} |",
+            f"| --- | --- | --- | --- {'| --- ' * len(there)}|",
+        ]
+        load = plan.loads[0].name
+        for case in result.cases:
+            metrics = case.loads.get(load)
+            if metrics is None:
+                continue
+            ratios = " | ".join(ratio_text(case, load, each) for each in there)
+            lines.append(
+                f"| {case.label} | {metrics['ttft_ms'].value:.0f} ms | {metrics['tpot_ms'].value:.1f} ms "
+                f"| {metrics['output_tokens_per_s'].value:.0f} | {ratios} |"
+            )
+        missing = [f"{case.label} ({case.status}: {case.reason})" for case in result.cases if not case.loads]
+        if missing:
+            lines += ["", f"Not measured: {'; '.join(missing)}."]
+        return "\n".join([*lines, "", _picture(name, what)])
+
+    return render
+
+
+def served_plot(found: dict[str, Any]) -> tuple[list[tuple[str, Interval]], str]:
+    result = Result.model_validate(found)
+    base = baselines(result)[0]
+    rows = ratios_of(result, result.plan.loads[0].name, base, "tpot_ms")
+    return rows, f"time per output token, ratio to {base} (less is better)"
+
+
+def _ratio(found: dict[str, float] | None) -> str:
+    return f"{found['median']:.3f} ({found['low']:.3f} to {found['high']:.3f})" if found is not None else ""
+
+
+def _picture(name: str, what: str) -> str:
+    return f"![{what.replace('`', '')}](docs/plots/{name}.png)"
+
+
+# A section without a result says so: what takes a GPU, or an environment of its own, is not measured everywhere.
+SECTIONS: dict[str, Callable[[Any], str]] = {
+    "attach_idle": attach_idle,
+    "vllm_decode": vllm_decode,
+    "peers": peers,
+    "serve_vllm": served("serve_vllm", "`vllm serve` with the plugin"),
+    "serve_demo": served("serve_demo", "the embedded server with the model that ships with the package"),
+    "kernels": kernels,
 }
+DRAWN: dict[str, Callable[[Any], tuple[list[tuple[str, Interval]], str]]] = {
+    "vllm_decode": vllm_decode_plot,
+    "peers": peers_plot,
+    "serve_vllm": served_plot,
+    "serve_demo": served_plot,
+}
+
+
+def result_of(name: str) -> tuple[Any, str]:
+    """A committed result and its digest; None and "" where there is none."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return None, ""
+    data = path.read_bytes()
+    return json.loads(data), hashlib.sha256(data).hexdigest()
 
 
 def rendered(text: str) -> str:
     """The README with every section filled from its result."""
-    for name, (path, render) in SECTIONS.items():
-        body = render(json.loads(path.read_text()) if path.exists() or render is not kernels else None)
+    for name, render in SECTIONS.items():
+        body = render(result_of(name)[0])
         pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if not pattern.search(text):
             sys.exit(f"README.md has no section {name!r}.")
@@ -123,17 +246,49 @@ def rendered(text: str) -> str:
     return text
 
 
+def stale() -> list[str]:
+    """Plots that were not drawn from the committed results, or have none."""
+    found = {path.stem for path in PLOTS.glob("*.png")} - set(DRAWN)
+    for name in DRAWN:
+        path, (result, digest) = PLOTS / f"{name}.png", result_of(name)
+        if _source(path) != (digest if result is not None else None):
+            found.add(name)
+    return sorted(found)
+
+
+def _source(path: Path) -> str | None:
+    """Digest of what a plot was drawn from; None where there is none."""
+    if not path.exists():
+        return None
+    with Image.open(path) as picture:
+        return str(picture.info.get("Source"))
+
+
+def draw() -> None:
+    """Draws the plots that are stale."""
+    for name in stale():
+        path, (result, digest) = PLOTS / f"{name}.png", result_of(name)
+        path.unlink(missing_ok=True)
+        if name in DRAWN and result is not None:
+            PLOTS.mkdir(parents=True, exist_ok=True)
+            rows, label = DRAWN[name](result)
+            path.write_bytes(forest(rows, label, source=digest))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail where the README is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where anything is out of date")
     options = parser.parse_args()
     text = README.read_text()
     new = rendered(text)
-    if options.check:
-        if new != text:
-            sys.exit("README.md is out of date: run python benchmarks/render.py")
-    else:
+    if not options.check:
         README.write_text(new)
+        draw()
+        return
+    if new != text:
+        sys.exit("README.md is out of date: run make docs")
+    if stale():
+        sys.exit(f"docs/plots is out of date ({', '.join(stale())}): run make docs")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from sae_steer.slots import Bucket, Slot, SlotPool, buckets_of
 from sae_steer.step import Span, StepMap
 from sae_steer.step_reads import StepReads
 from sae_steer.tables import SiteTables
-from sae_steer_kernels import warm_up
+from sae_steer_kernels import traced, warm_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +162,7 @@ class Runtime:
         """The ``readings``, ``triggers`` and ``trigger`` of a run that has ended; empty where it asked for none."""
         return run.reader.finish(self.catalog.name_of, text_of) if run.reader is not None else {}
 
+    @traced("sae_steer::begin_step")
     def begin_step(self, spans: Sequence[Span]) -> None:
         """Lays out the next forward pass: ``spans`` in the order of its flattened tokens."""
         self._step.fill(spans)
@@ -173,6 +174,7 @@ class Runtime:
         for site, layer in self._layers.items():
             layer.arm(frozenset(armed[site]), self._reads.readouts(layer.tables))
 
+    @traced("sae_steer::end_step")
     def end_step(self) -> StepSummary:
         """Gathers what the forward pass did into its runs, and lays out an idle step."""
         placed = self._step.placed

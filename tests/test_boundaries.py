@@ -17,6 +17,7 @@ PACKAGES = tuple(
     for path in (
         ROOT / "sae_steer",
         ROOT / "kernels" / "sae_steer_kernels",
+        ROOT / "server_plugins" / "sae_steer_bench",
         ROOT / "server_plugins" / "sae_steer_cli",
         ROOT / "server_plugins" / "sae_steer_http",
         ROOT / "server_plugins" / "sae_steer_server",

@@ -4,6 +4,7 @@ Shape letters: ``T`` tokens in a step, ``D`` model width, ``F`` features, ``S`` 
 ``B`` bins of a gain table.
 """
 
+from sae_steer_kernels._regions import traced as traced
 from sae_steer_kernels.feature_edit import FEATURE_EDIT as FEATURE_EDIT
 from sae_steer_kernels.feature_edit import EditBuffers as EditBuffers
 from sae_steer_kernels.feature_edit import EditTable as EditTable

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from sae_steer_kernels._op import Op
+from sae_steer_kernels._op import NAMESPACE, Op
+from sae_steer_kernels._regions import region
 
 
 def call(op: Op, device: torch.device, active: Tensor, arguments: tuple[object, ...]) -> bool:
@@ -26,12 +27,14 @@ def call(op: Op, device: torch.device, active: Tensor, arguments: tuple[object, 
         return False
     provider = op.provider(device, *arguments)
     if provider in op.host_free:
-        op.implementations[provider](*arguments)
+        with region(f"{NAMESPACE}::{op.name}"):
+            op.implementations[provider](*arguments)
         return True
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{op.name} runs as {provider!r} here, which no CUDA graph can hold: run the model without graphs."
         )
     if asked:
-        op.implementations[provider](*arguments)
+        with region(f"{NAMESPACE}::{op.name}"):
+            op.implementations[provider](*arguments)
     return asked

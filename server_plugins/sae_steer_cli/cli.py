@@ -7,6 +7,7 @@ import typer
 
 import sae_steer
 from sae_steer.schema import steering_json_schema
+from sae_steer_cli.bench import bench
 from sae_steer_cli.calibrate import CALIBRATE_HELP, calibrate
 from sae_steer_cli.convert import CONVERT_HELP, convert
 from sae_steer_cli.evaluate import evaluate
@@ -46,6 +47,7 @@ app.command(help=CALIBRATE_HELP)(calibrate)
 app.command(help=FIND_HELP)(find)
 app.command(help=SEPARABILITY_HELP)(separability)
 app.command(help=SWEEP_HELP)(sweep)
+app.add_typer(bench, name="bench")
 
 
 @app.command()

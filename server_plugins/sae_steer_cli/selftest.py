@@ -72,10 +72,10 @@ def selftest(
     """See ``SELFTEST_HELP``."""
     with refusals():
         with imports_of("selftest"):
-            from sae_steer_cli.checks.client import Server
             from sae_steer_cli.checks.first import model_of
             from sae_steer_cli.checks.run import checks, run
             from sae_steer_cli.checks.subject import Subject
+            from sae_steer_http.client import Server
         given = _given(sae, feature, value)
         with closing(Server(url, api_key or None, timeout)) as server:
             progress = _Progress()

@@ -135,6 +135,14 @@ def serve(
     shutdown_grace: Annotated[
         float, typer.Option(min=0, help="Seconds that running requests get to finish after SIGTERM.")
     ] = 10.0,
+    profile_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Let POST /start_profile, with the admin key, write a PyTorch profiler trace of one forward pass "
+            "into DIR.",
+        ),
+    ] = None,
 ) -> None:
     """See ``SERVE_HELP``."""
     with refusals():
@@ -173,6 +181,7 @@ def serve(
             max_body_bytes=max_body_bytes,
             log_level=log_level,
             shutdown_grace=shutdown_grace,
+            profile_dir=profile_dir,
         )
         _run(settings)
 

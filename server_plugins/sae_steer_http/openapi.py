@@ -6,8 +6,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from sae_steer_http import ADMIN_HEADER
 from sae_steer_http.replies import ErrorReply
-from sae_steer_http.security import ADMIN_HEADER
 
 Responses = dict[int | str, dict[str, Any]]
 

@@ -17,6 +17,7 @@ from sae_steer.schema import (
     parse_profile_body,
     steering_json_schema,
 )
+from sae_steer_http import ADMIN_HEADER
 from sae_steer_http.bodies import read_json
 from sae_steer_http.catalog_replies import (
     CalibrationEntry,
@@ -33,7 +34,7 @@ from sae_steer_http.catalog_replies import (
 from sae_steer_http.errors import ProfileNotFound, SaeNotFound
 from sae_steer_http.openapi import admin_security, errors, request_body
 from sae_steer_http.replies import Reply
-from sae_steer_http.security import ADMIN_HEADER, same_key
+from sae_steer_http.security import same_key
 from sae_steer_http.service import SteeringService, service_of
 from sae_steer_http.steering import check_profile
 
@@ -90,6 +91,7 @@ async def capabilities(request: Request) -> Response:
     limits = {
         "max_programs": service.limits.max_programs,
         "max_wide_programs": service.limits.wide_programs,
+        "max_ordinary_edits_per_site": service.limits.rows,
         "max_edits": service.limits.max_edits,
         "max_edits_per_site": service.limits.widest,
         "max_reading_values": service.limits.max_reading_values,

@@ -10,7 +10,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from sae_steer.errors import Forbidden, SteerError, Unauthorized
 from sae_steer_http.errors import steer_error_response
 
-ADMIN_HEADER = "X-Steering-Admin-Key"
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 _PORTS = {"http": "80", "https": "443"}
 

@@ -20,6 +20,7 @@ from sae_steer.sae.cached import open_served
 from sae_steer_http.service import SteeringService
 from sae_steer_http.steering import check_profiles
 from sae_steer_server.engine.engine import Engine
+from sae_steer_server.engine.profiler import StepProfiler
 from sae_steer_server.logs import get_logger
 from sae_steer_server.metrics import Metrics
 from sae_steer_server.settings import SaeSource, Settings
@@ -76,6 +77,7 @@ def load(settings: Settings) -> ServerState:
         max_model_len=_context(settings, model),
         kv_tokens=settings.kv_tokens,
         metrics=metrics,
+        profiler=StepProfiler(settings.profile_dir) if settings.profile_dir is not None else None,
     )
     steering = SteeringService(
         catalog=catalog,

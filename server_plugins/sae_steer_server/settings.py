@@ -111,6 +111,7 @@ class Settings:
         max_body_bytes: Largest request body.
         log_level: Least level that is logged.
         shutdown_grace: Seconds that running requests get to finish after SIGTERM.
+        profile_dir: Folder for traces of forward passes; None = none can be taken.
     """
 
     model: str
@@ -137,6 +138,7 @@ class Settings:
     max_body_bytes: int = 2**20
     log_level: str = "info"
     shutdown_grace: float = 10.0
+    profile_dir: Path | None = None
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from sae_steer.sites import Kind, Place, Site
 from sae_steer.slots import Slot, buckets_of
 from sae_steer.tables import SiteTables
 from sae_steer.wire import parse
-from sae_steer_kernels import warm_up
+from sae_steer_kernels import traced, warm_up
 from sae_steer_vllm.channel import PROGRAM, SLOT, Snapshot
 from sae_steer_vllm.harvest import Harvest
 from sae_steer_vllm.hooks import install
@@ -284,6 +284,7 @@ class Worker:
                 tables.clear(slot.bucket, slot.index)
         self.step.load(slot.bucket, slot.index, program)
 
+    @traced("sae_steer::begin_step")
     def begin(self, requests: Sequence[str], starts: Tensor, positions: Tensor, tokens: Tensor, count: int) -> None:
         """Lays out the next forward pass.
 
@@ -341,6 +342,7 @@ class Worker:
         runs = read_runs(requests, steered)
         return ReadPlan.make(runs, self.sites, self._features, len(requests), self.step.device) if runs else None
 
+    @traced("sae_steer::end_step")
     def end(self, before: Carried | None) -> Carried | None:
         """Ends the forward pass.
 

@@ -17,10 +17,10 @@ from sae_steer import embedded
 from sae_steer.sites import Site
 from sae_steer_cli.checks import answers, first
 from sae_steer_cli.checks.answers import LEAST_BOUND, Answer, Token, compare
-from sae_steer_cli.checks.client import Server
 from sae_steer_cli.checks.run import Outcome, checks, run
 from sae_steer_cli.checks.subject import Edit, Subject
 from sae_steer_cli.cli import app
+from sae_steer_http.client import Server
 from sae_steer_server.settings import SaeSource, Settings
 from tests.cli import broken_servers as broken
 from tests.server.conftest import Served

@@ -218,6 +218,8 @@ def test_end_of_sequence() -> None:
             before = await ask(host.engine, prompt, greedy(ends))
             assert before.reason == "length"
             assert before.text == answer.text
+            beyond = await ask(host.engine, prompt, greedy(20, ignore_eos=True))
+            assert (beyond.tokens, beyond.reason) == (tokens, "length")
 
     asyncio.run(scenario())
 

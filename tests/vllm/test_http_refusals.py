@@ -311,7 +311,15 @@ def test_bad_queries_are_refused(client: httpx.Client) -> None:
 def test_capabilities_say_what_this_host_can(client: httpx.Client, embedded_client: httpx.Client) -> None:
     mine, its = (host.get("/v1/steering/capabilities").json() for host in (client, embedded_client))
     assert (mine["host"], its["host"]) == ("vllm", "transformers")
-    alike = {"max_programs", "max_wide_programs", "max_edits", "max_edits_per_site", "max_body_bytes", "max_model_len"}
+    alike = {
+        "max_programs",
+        "max_wide_programs",
+        "max_ordinary_edits_per_site",
+        "max_edits",
+        "max_edits_per_site",
+        "max_body_bytes",
+        "max_model_len",
+    }
     assert {key: mine["limits"][key] for key in alike} == {key: its["limits"][key] for key in alike}
     rows = {row["key"]: row["supported"] for row in mine["data"]}
     assert rows == {row["key"]: row["supported"] for row in its["data"]} | {"prefix_cache": True}

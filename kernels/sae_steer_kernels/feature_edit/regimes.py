@@ -28,7 +28,7 @@ class Regime(StrEnum):
 def choose(tokens: int, rows: int, *, scratch: bool, grouped: bool, batch_invariant: bool) -> Regime:
     """The regime of a call.
 
-    The bounds are estimates from bytes and launches; ``benchmarks/kernels.py`` measures every regime at every size.
+    The bounds are estimates from bytes and launches; ``benchmarks/gpu_ops.py`` measures every regime at every size.
 
     Args:
         tokens: ``T``, padding and all.

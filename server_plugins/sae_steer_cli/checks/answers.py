@@ -5,12 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sae_steer_http.client import BadAnswer
+
 LEAST_BOUND = 0.05
 """Log-probabilities this close are never held against a server: a batch of another shape rounds that much in bf16."""
-
-
-class BadAnswer(Exception):
-    """An answer that is not of OpenAI's form."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from sae_steer_cli.checks.answers import Answer, compare, get
-from sae_steer_cli.checks.client import Refused
 from sae_steer_cli.checks.subject import Edit, Failed, Subject
+from sae_steer_http.client import Refused
 
 _LABELLED = 12  # features of an SAE that are tried in turn
 _UNLABELLED = 8

@@ -5,9 +5,9 @@ from secrets import token_hex
 from typing import Any
 
 from sae_steer.errors import StartError
-from sae_steer_cli.checks.answers import LEAST_BOUND, BadAnswer, compare, get
-from sae_steer_cli.checks.client import Refused, Server
+from sae_steer_cli.checks.answers import LEAST_BOUND, compare, get
 from sae_steer_cli.checks.subject import Failed, Subject
+from sae_steer_http.client import BadAnswer, Refused, Server
 
 UNKNOWN_KEY = {"no_such_key": 1}
 

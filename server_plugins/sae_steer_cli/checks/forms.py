@@ -3,8 +3,8 @@
 from typing import Any
 
 from sae_steer_cli.checks.answers import Answer, applied_of, get, program_of
-from sae_steer_cli.checks.client import Refused
 from sae_steer_cli.checks.subject import Failed, Skipped, Subject
+from sae_steer_http.client import Refused
 
 
 def several_choices(subject: Subject) -> str:

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sae_steer_cli.checks import batch, cache, effect, first, forms
-from sae_steer_cli.checks.answers import BadAnswer
-from sae_steer_cli.checks.client import Refused, Unreachable
 from sae_steer_cli.checks.subject import Edit, Failed, Skipped, Subject
+from sae_steer_http.client import BadAnswer, Refused, Unreachable
 
 Verdict = Literal["PASS", "FAIL", "SKIP"]
 

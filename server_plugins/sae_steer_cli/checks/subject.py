@@ -7,7 +7,7 @@ from secrets import token_hex
 from typing import Any
 
 from sae_steer_cli.checks.answers import LEAST_BOUND, Answer, Difference, compare
-from sae_steer_cli.checks.client import Server
+from sae_steer_http.client import Server
 
 TOKENS = 16
 """Tokens of an answer."""

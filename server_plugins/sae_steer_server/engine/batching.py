@@ -158,9 +158,10 @@ class Batch:
         assert thread is not None  # just started
         return thread
 
-    def add(self, id_: str, prompt: Sequence[int], max_tokens: int) -> None:
+    def add(self, id_: str, prompt: Sequence[int], max_tokens: int, *, eos: Collection[int]) -> None:
         """Hands a request to the scheduler. Raises :class:`EngineDown` where it takes none any more."""
-        if self._manager.add_request(list(prompt), id_, max_tokens, streaming=True) is None:
+        ends = sorted(eos) or -1
+        if self._manager.add_request(list(prompt), id_, max_tokens, streaming=True, eos_token_id=ends) is None:
             raise EngineDown("The engine has stopped; nothing can be answered.")
 
     def cancel(self, id_: str) -> None:

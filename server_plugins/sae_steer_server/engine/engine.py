@@ -16,6 +16,7 @@ from sae_steer.token_texts import TokenTexts
 from sae_steer_server.engine.admission import Admission, SlotMetrics
 from sae_steer_server.engine.batching import Batch
 from sae_steer_server.engine.detokenize import Detokenizer
+from sae_steer_server.engine.profiler import StepProfiler
 from sae_steer_server.engine.request import Chunk, Request, TokenLogprob
 from sae_steer_server.engine.sampling import Sampling
 from sae_steer_server.engine.steps import StepMetrics, Steps
@@ -41,6 +42,7 @@ class Engine:
         max_model_len: Longest prompt with its completion, in tokens.
         kv_tokens: Tokens that the key-value cache holds; see :class:`Batch`.
         metrics: Told of steps, slots and waiting requests.
+        profiler: Traces a forward pass when it is asked to; None = never.
 
     Raises:
         StartError: The key-value cache does not fit.
@@ -56,6 +58,7 @@ class Engine:
         max_model_len: int,
         kv_tokens: int | None = None,
         metrics: EngineMetrics | None = None,
+        profiler: StepProfiler | None = None,
     ) -> None:
         self.max_model_len = max_model_len
         self._tokenizer = tokenizer
@@ -64,7 +67,8 @@ class Engine:
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         self._eos = _eos_tokens(model, tokenizer)
         self._admission = Admission(runtime, metrics)
-        self._steps = Steps(runtime, metrics, cancel=lambda id_: self._batch.cancel(id_))
+        self.profiler = profiler
+        self._steps = Steps(runtime, metrics, lambda id_: self._batch.cancel(id_), profiler)
         self._batch = Batch(
             model,
             self._steps,
@@ -165,17 +169,18 @@ class Engine:
         if program is not None:
             slot = await self._admission.acquire(program)
             run = self._runtime.start_run(program, slot, len(prompt))
+        eos = frozenset[int]() if sampling.ignore_eos else self._eos
         request = Request(
             sampling,
             run,
             detokenizer=detokenizer,
             texts=self._texts,
-            eos=self._eos,
+            eos=eos,
             on_settled=partial(self._settled, program),
         )
         self._steps.requests[request.id] = request
         try:
-            self._batch.add(request.id, prompt, sampling.max_tokens)
+            self._batch.add(request.id, prompt, sampling.max_tokens, eos=eos)
         except EngineDown:
             self._steps.dropped(request.id)
             raise

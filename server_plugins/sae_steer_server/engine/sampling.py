@@ -28,6 +28,7 @@ class Sampling:
         seed: Any integer, taken modulo 2^64.
         stop: Texts that end the completion and are not part of it.
         logprobs: None = no log-probabilities; n = the chosen token's and those of the n most likely.
+        ignore_eos: Whether tokens that end a sequence are tokens like any other.
     """
 
     max_tokens: int
@@ -36,6 +37,7 @@ class Sampling:
     seed: int
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    ignore_eos: bool = False
 
     def check(self) -> None:
         """Raises :class:`RequestError` for what could not be sampled."""

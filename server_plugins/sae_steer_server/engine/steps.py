@@ -16,6 +16,7 @@ from torch import Tensor
 from sae_steer.errors import EngineDown, NonFinite, RunFailed, SteerError
 from sae_steer.runtime import Runtime, StepSummary
 from sae_steer.step import Span
+from sae_steer_server.engine.profiler import StepProfiler
 from sae_steer_server.engine.request import Request
 from sae_steer_server.engine.sampling import draw
 
@@ -47,13 +48,21 @@ class Steps:
         runtime: Steers the model.
         metrics: Told of each forward pass.
         cancel: Asks the scheduler to drop a request before the next forward pass.
+        profiler: Told where each forward pass begins; None = nothing is traced.
     """
 
-    def __init__(self, runtime: Runtime, metrics: StepMetrics | None, cancel: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        metrics: StepMetrics | None,
+        cancel: Callable[[str], None],
+        profiler: StepProfiler | None = None,
+    ) -> None:
         self.requests: dict[str, Request] = {}
         self._runtime = runtime
         self._metrics = metrics
         self._cancel = cancel
+        self._profiler = profiler
         self._running: list[tuple[range, Request]] = []  # in the forward pass: its tokens, by number
 
     def begin(self, parts: Sequence[Part], tokens: Sequence[int]) -> None:
@@ -63,6 +72,9 @@ class Steps:
             parts: Whose the tokens are, in their order.
             tokens: ``[T]`` token ids; what lies beyond the parts is padding.
         """
+        if self._profiler is not None:
+            with self._contained(()):
+                self._profiler.tick()
         self._running, spans, first = [], [], 0
         for part in parts:
             request, end = self.requests.get(part.id), first + part.length

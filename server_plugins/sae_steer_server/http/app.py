@@ -8,7 +8,7 @@ from fastapi import FastAPI
 import sae_steer
 from sae_steer_http import routes_steering
 from sae_steer_http.security import Security, allowed_hosts
-from sae_steer_server.http import errors, openapi, routes_generation, routes_health, routes_models
+from sae_steer_server.http import errors, openapi, routes_generation, routes_health, routes_models, routes_profiler
 from sae_steer_server.http.edge import Edge
 from sae_steer_server.state import ServerState
 
@@ -39,6 +39,8 @@ def create_app(state: ServerState) -> FastAPI:
     app.state.steering = state.steering
     for routes in (routes_generation, routes_models, routes_steering, routes_health):
         app.include_router(routes.router)
+    if settings.profile_dir is not None:
+        app.include_router(routes_profiler.router)
     errors.install(app)
     openapi.install(app, api_key=settings.api_key is not None, admin_key=settings.admin_key is not None)
     hosts = allowed_hosts(settings.host, settings.allowed_hosts)

@@ -133,6 +133,7 @@ class GenerationRequest(Closed):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = Field(None, description="Go on to max_tokens, as vLLM does under this name.")
 
     user: str | None = None
     metadata: dict[str, str] | None = None

@@ -95,6 +95,7 @@ def _sampling(body: GenerationRequest, *, max_tokens: int, logprobs: int | None)
         seed=secrets.randbits(63) if body.seed is None else body.seed,
         stop=stop,
         logprobs=logprobs,
+        ignore_eos=bool(body.ignore_eos),
     )
 
 

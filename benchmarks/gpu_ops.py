@@ -5,7 +5,7 @@ own, so that what one call leaves in the cache is not there for the next, and a 
 call. A regime is only timed after it has been compared with the torch implementation. Floors are bytes over the copy
 bandwidth that the same run measured.
 
-    python benchmarks/kernels.py --out benchmarks/results/kernels.json
+    python benchmarks/gpu_ops.py --out benchmarks/results/kernels.json
 """
 
 import argparse
@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("benchmarks/kernels.py needs a GPU, and there is none here. Nothing was measured.")
+        sys.exit("benchmarks/gpu_ops.py needs a GPU, and there is none here. Nothing was measured.")
     torch.manual_seed(0)
     started = time.time()
     bandwidth, node_us = copy_bandwidth(GPU), node_cost()

@@ -9,10 +9,13 @@ from typing import Any, TypeVar
 import httpx
 
 from sae_steer.errors import StartError
-from sae_steer_cli.checks.answers import BadAnswer
 
 _T = TypeVar("_T")
 _SHOWN = 300  # characters of a server's own message
+
+
+class BadAnswer(Exception):
+    """An answer that is not of OpenAI's form."""
 
 
 class Unreachable(StartError):

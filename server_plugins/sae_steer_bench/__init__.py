@@ -1,0 +1,1 @@
+"""What steering costs a server, measured over HTTP: load, interleaved rounds, ratios with intervals, a report."""

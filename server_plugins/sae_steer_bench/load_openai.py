@@ -1,0 +1,132 @@
+"""Load from the ``openai`` client: for every server, and without a start of its own."""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from itertools import pairwise
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI
+
+from sae_steer_bench.errors import LoadFailed
+from sae_steer_bench.load import Address, Work
+from sae_steer_bench.records import LoadPlan
+from sae_steer_bench.samples import Batch, Sample
+
+
+class OpenAILoad:
+    """Streams completions, as many at once as the load says.
+
+    Args:
+        api_key: Bearer key; None = the server wants none.
+        timeout: Seconds that an answer may take.
+    """
+
+    def __init__(self, api_key: str | None, timeout: float) -> None:
+        self._key = api_key or "none"
+        self._timeout = timeout
+        self._runner = asyncio.Runner()
+        self._clients: dict[str, AsyncOpenAI] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        for client in self._clients.values():
+            self._runner.run(client.close())
+        self._runner.close()
+
+    def obstacle(self, bodies: Sequence[dict[str, Any] | None]) -> str | None:
+        """None: each request has a body of its own."""
+        return None
+
+    def run(self, address: Address, work: Work, load: LoadPlan) -> Batch:
+        """Sends the requests; raises :class:`LoadFailed`."""
+        try:
+            return self._runner.run(self._measure(address, work, load))
+        except APIStatusError as error:
+            raise LoadFailed(f"{address.url} answered under load with {_words(error)}") from error
+        except (APIConnectionError, httpx.HTTPError) as error:  # the second where a stream is cut
+            reason = error.__cause__ or error
+            raise LoadFailed(
+                f"{address.url} stopped answering under load: {reason or type(reason).__name__}. Did the server end?"
+            ) from error
+        except APIError as error:
+            raise LoadFailed(f"{address.url} ended a stream with an error: {error.message}") from error
+
+    async def _measure(self, address: Address, work: Work, load: LoadPlan) -> Batch:
+        # Kept from measurement to measurement, so that no request waits for a connection.
+        client = self._clients.get(address.url)
+        if client is None:
+            client = AsyncOpenAI(base_url=f"{address.url}/v1", api_key=self._key, timeout=self._timeout, max_retries=0)
+            self._clients[address.url] = client
+        slots = asyncio.Semaphore(load.concurrency)
+        bodies = [_body(address.model, work, number, prompt) for number, prompt in enumerate(work.prompts())]
+
+        async def send(body: dict[str, Any]) -> Sample:
+            async with slots:
+                return await _stream(client, body)
+
+        start = time.perf_counter()
+        samples = await _all(send, bodies, load.rate, work.seed)
+        return Batch(samples, time.perf_counter() - start)
+
+
+async def _all(
+    send: Callable[[dict[str, Any]], Coroutine[Any, Any, Sample]],
+    bodies: Sequence[dict[str, Any]],
+    rate: float | None,
+    seed: str,
+) -> list[Sample]:
+    """Sends all, at once or one by one as a Poisson process of ``rate`` a second; the first failure ends the others."""
+    chance = random.Random(f"arrivals {seed}")
+    tasks: list[asyncio.Task[Sample]] = []
+    try:
+        for body in bodies:
+            tasks.append(asyncio.create_task(send(body)))
+            if rate is not None:
+                await asyncio.sleep(chance.expovariate(rate))
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _body(model: str, work: Work, number: int, prompt: list[int]) -> dict[str, Any]:
+    extra: dict[str, Any] = {"ignore_eos": True}
+    steering = work.bodies[number % len(work.bodies)]
+    if steering is not None:
+        extra["steering"] = steering
+    return {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": work.output_tokens,
+        "temperature": 0,
+        "extra_body": extra,
+    }
+
+
+async def _stream(client: AsyncOpenAI, body: dict[str, Any]) -> Sample:
+    sent = time.perf_counter()
+    times: list[float] = []
+    tokens = 0
+    stream = await client.completions.create(stream=True, stream_options={"include_usage": True}, **body)
+    async for event in stream:
+        if event.choices:
+            times.append(time.perf_counter())
+        if event.usage is not None:
+            tokens = event.usage.completion_tokens
+    if not times or not tokens:
+        raise LoadFailed("A stream ended without a token, or without its usage.")
+    gaps = tuple(later - earlier for earlier, later in pairwise(times))
+    return Sample(times[0] - sent, gaps, tokens)
+
+
+def _words(error: APIStatusError) -> str:
+    body = error.body
+    message = body.get("message") if isinstance(body, dict) else None
+    return f"HTTP {error.status_code}: {message or error.message}"

@@ -1,0 +1,92 @@
+"""The commands of ``--launch``, with the plugin and without it."""
+
+import json
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from sae_steer import embedded
+from sae_steer_bench.commands import DEMO_COMMAND, Command
+from sae_steer_bench.errors import BenchError
+from sae_steer_bench.launch import Launched, free_port
+
+
+def test_vllm_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    command = Command.parse(
+        "OMP_NUM_THREADS=1 vllm serve M --host 0.0.0.0 --port=8123 --additional-config '{\"a\": 1}'"
+    )
+    assert (command.host, command.port) == ("vllm", 8123)
+    words, environment = command.with_plugin(8123, None)
+    assert words[1:] == ["serve", "M", "--additional-config", '{"a": 1}', "--host", "127.0.0.1", "--port", "8123"]
+    assert "sae_steer" in environment["VLLM_PLUGINS"].split(",")
+    assert environment["OMP_NUM_THREADS"] == "1"
+    words, environment = command.without_plugin(9000)
+    assert words[-1] == "9000"
+    assert "sae_steer" not in environment["VLLM_PLUGINS"].split(",")
+
+
+def test_other_plugins_stay() -> None:
+    command = Command.parse("VLLM_PLUGINS=mine,sae_steer vllm serve M")
+    assert command.with_plugin(1, None)[1]["VLLM_PLUGINS"] == "mine,sae_steer"
+    assert command.without_plugin(1)[1]["VLLM_PLUGINS"] == "mine"
+
+
+def test_traces_are_asked_for(tmp_path: Path) -> None:
+    words, _ = Command.parse("vllm serve M").with_plugin(1, tmp_path)
+    config = json.loads(words[words.index("--profiler-config") + 1])
+    assert (config["torch_profiler_dir"], config["max_iterations"]) == (str(tmp_path), 1)
+    words, _ = Command.parse("sae-steer serve demo").with_plugin(1, tmp_path)
+    assert words[words.index("--profile-dir") + 1] == str(tmp_path)
+
+
+def test_the_embedded_server_without_is_the_model_alone() -> None:
+    words, _ = Command.parse(f"{DEMO_COMMAND} --sae a=b --profiles=p --site resid_post.1").without_plugin(7)
+    assert words[1:5] == ["serve", str(embedded.MODEL), "--served-model-name", "demo"]
+    assert not [word for word in words if word.startswith(("--sae", "--profiles", "--site"))]
+    assert words[words.index("--max-running") + 1] == "64"
+
+
+def test_a_module_is_a_command_too() -> None:
+    assert Command.parse(f"{sys.executable} -m sae_steer_cli serve demo").host == "transformers"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("docker run x", "--plain-url"),
+        ("", "--plain-url"),
+        ("vllm serve 'M", "No closing quotation"),
+        ("/no/such/vllm serve M", "no program"),
+        ("vllm serve M --port many", "not a number"),
+        ("vllm serve M --api-key=sesame", "it may hold no key"),
+        ("SAE_STEER_ADMIN_KEY=sesame sae-steer serve demo", "it may hold no key"),
+    ],
+)
+def test_what_cannot_be_launched(text: str, said: str) -> None:
+    with pytest.raises(BenchError) as error:
+        Command.parse(text)
+    assert said in error.value.message
+
+
+def test_a_taken_port() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(BenchError, match=f"port {port} of 127.0.0.1 is taken"):
+            free_port(port)
+
+
+def test_a_server_that_ends_says_why(tmp_path: Path) -> None:
+    program = [sys.executable, "-c", "import sys; sys.exit('the model is not there')"]
+    with pytest.raises(BenchError, match=r"ended with 1.*the model is not there"):
+        Launched(program, {}, port=free_port(None), log=tmp_path / "log", timeout=60)
+
+
+def test_a_server_that_is_never_ready_is_ended(tmp_path: Path) -> None:
+    program = [sys.executable, "-c", "import time; print('loading', flush=True); time.sleep(600)"]
+    with pytest.raises(BenchError, match=r"not ready after 1 s.*loading"):
+        Launched(program, {}, port=free_port(None), log=tmp_path / "log", timeout=1)
