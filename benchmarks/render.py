@@ -104,9 +104,56 @@ def kernels(result: dict[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
+def suppression(result: dict[str, Any]) -> str:
+    material, claim = result["material"], result["claim"]
+    matched = [row for row in result["matched"] if row["measures"] is not None]
+    lines = [
+        f"Suppressing {material['concept']!r} in {material['model']} with {material['features']} features of an SAE at "
+        f"{material['site']}. What is found is by {material['readout']}, fitted on unedited runs; "
+        f"{material['target_texts']} texts of the concept, {material['complement_texts']} others, "
+        f"{material['plain_tokens']} tokens of plain text; 95 % intervals of {result['samples']} bootstrap samples.",
+        "",
+        "| method | setting | concept found (confidence) | others found (confidence) | perplexity | KL on others |",
+        "| --- | --- | --- | --- | --- | --- |",
+        suppression_row("none", "", result["unsteered"]),
+    ]
+    for row in result["defaults"]:
+        lines.append(suppression_row(row["method"], f"{row['knob']} {row['setting']:.3g}", row["measures"]))
+    lines += ["", "The rise of perplexity where all take the same share of what full masking takes away:", ""]
+    levels = sorted({row["level"] for row in result["matched"]})
+    lines.append("| method | " + " | ".join(f"{level:.0%}" for level in levels) + " |")
+    lines.append("| --- |" + " --- |" * len(levels))
+    for method in dict.fromkeys(row["method"] for row in result["matched"]):
+        found = {row["level"]: row["measures"]["perplexity_rise"] for row in matched if row["method"] == method}
+        cells = [suppression_rise(found[level]) if level in found else "does not get there" for level in levels]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"That APP's perplexity rises least at matched removal **{claim_words(claim)}** here: {claim['because']}",
+    ]
+    return "\n".join(lines)
+
+
+def claim_words(claim: dict[str, Any]) -> str:
+    return "holds" if claim["claim"] == "holds" else "does not hold"
+
+
+def suppression_rise(measure: dict[str, Any]) -> str:
+    low, high = measure["interval"]
+    return f"{measure['value']:+.1%} ({low:+.1%} to {high:+.1%})"
+
+
+def suppression_row(method: str, setting: str, m: dict[str, Any]) -> str:
+    found = f"{m['target_accuracy']['value']:.3f} ({m['target_confidence']['value']:.3f})"
+    others = f"{m['complement_accuracy']['value']:.3f} ({m['complement_confidence']['value']:.3f})"
+    rise = suppression_rise(m["perplexity_rise"]) if method != "none" else ""
+    return f"| {method} | {setting} | {found} | {others} | {rise} | {m['divergence']['value']:.4f} |"
+
+
 SECTIONS: dict[str, tuple[Path, Callable[[Any], str]]] = {
     "attach_idle": (RESULTS / "attach_idle.json", attach_idle),
     "vllm_decode": (RESULTS / "vllm_decode.json", vllm_decode),
+    "suppression": (RESULTS / "suppression.json", suppression),
     # Needs a GPU: where there is no result, the section says so.
     "kernels": (RESULTS / "kernels.json", kernels),
 }
