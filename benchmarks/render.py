@@ -209,6 +209,52 @@ def _picture(name: str, what: str) -> str:
     return f"![{what.replace('`', '')}](docs/plots/{name}.png)"
 
 
+def suppression(result: dict[str, Any]) -> str:
+    material, claim = result["material"], result["claim"]
+    matched = [row for row in result["matched"] if row["measures"] is not None]
+    lines = [
+        f"Suppressing {material['concept']!r} in {material['model']} with {material['features']} features of an SAE at "
+        f"{material['site']}. What is found is by {material['readout']}, fitted on unedited runs; "
+        f"{material['target_texts']} texts of the concept, {material['complement_texts']} others, "
+        f"{material['plain_tokens']} tokens of plain text; 95 % intervals of {result['samples']} bootstrap samples.",
+        "",
+        "| method | setting | concept found (confidence) | others found (confidence) | perplexity | KL on others |",
+        "| --- | --- | --- | --- | --- | --- |",
+        suppression_row("none", "", result["unsteered"]),
+    ]
+    for row in result["defaults"]:
+        lines.append(suppression_row(row["method"], f"{row['knob']} {row['setting']:.3g}", row["measures"]))
+    lines += ["", "The rise of perplexity where all take the same share of what full masking takes away:", ""]
+    levels = sorted({row["level"] for row in result["matched"]})
+    lines.append("| method | " + " | ".join(f"{level:.0%}" for level in levels) + " |")
+    lines.append("| --- |" + " --- |" * len(levels))
+    for method in dict.fromkeys(row["method"] for row in result["matched"]):
+        found = {row["level"]: row["measures"]["perplexity_rise"] for row in matched if row["method"] == method}
+        cells = [suppression_rise(found[level]) if level in found else "does not get there" for level in levels]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"That APP's perplexity rises least at matched removal **{claim_words(claim)}** here: {claim['because']}",
+    ]
+    return "\n".join(lines)
+
+
+def claim_words(claim: dict[str, Any]) -> str:
+    return "holds" if claim["claim"] == "holds" else "does not hold"
+
+
+def suppression_rise(measure: dict[str, Any]) -> str:
+    low, high = measure["interval"]
+    return f"{measure['value']:+.1%} ({low:+.1%} to {high:+.1%})"
+
+
+def suppression_row(method: str, setting: str, m: dict[str, Any]) -> str:
+    found = f"{m['target_accuracy']['value']:.3f} ({m['target_confidence']['value']:.3f})"
+    others = f"{m['complement_accuracy']['value']:.3f} ({m['complement_confidence']['value']:.3f})"
+    rise = suppression_rise(m["perplexity_rise"]) if method != "none" else ""
+    return f"| {method} | {setting} | {found} | {others} | {rise} | {m['divergence']['value']:.4f} |"
+
+
 # A section without a result says so: what takes a GPU, or an environment of its own, is not measured everywhere.
 SECTIONS: dict[str, Callable[[Any], str]] = {
     "attach_idle": attach_idle,
@@ -216,6 +262,7 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "peers": peers,
     "serve_vllm": served("serve_vllm", "`vllm serve` with the plugin"),
     "serve_demo": served("serve_demo", "the embedded server with the model that ships with the package"),
+    "suppression": suppression,
     "kernels": kernels,
 }
 DRAWN: dict[str, Callable[[Any], tuple[list[tuple[str, Interval]], str]]] = {

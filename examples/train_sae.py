@@ -12,6 +12,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -55,7 +56,11 @@ def collect(
     """The residual stream at every token of `documents`, at most `most` of them, `[N, D]`."""
     kept: list[Tensor] = []
     module, _ = locate(model, place)
-    hook = module.register_forward_hook(lambda _m, _i, out: kept.append(out[0] if isinstance(out, tuple) else out))
+
+    def keep(_module: nn.Module, _args: object, out: Any) -> None:
+        kept.append(out[0] if isinstance(out, tuple) else out)
+
+    hook = module.register_forward_hook(keep)
     found: list[Tensor] = []
     total = 0
     context = int(model.config.max_position_embeddings)

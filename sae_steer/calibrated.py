@@ -14,7 +14,7 @@ from sae_steer.calibration.store import StoredCalibration
 from sae_steer.catalog import ANY_MODEL, Catalog, CatalogSae
 from sae_steer.errors import RequestError
 from sae_steer.program import GainTable, Row
-from sae_steer.schema import AppEdit, CalibratedAblateEdit, CalibratedGainEdit, CalibratedMaskEdit
+from sae_steer.schema import LARGEST, AppEdit, CalibratedAblateEdit, CalibratedGainEdit, CalibratedMaskEdit
 
 CalibratedEdit = CalibratedAblateEdit | CalibratedGainEdit | CalibratedMaskEdit | AppEdit
 
@@ -146,4 +146,6 @@ def _mask_row(source: str, edit: CalibratedMaskEdit, feature: int, fired: int, m
     """A feature that never fired for the concept masks nothing."""
     if not fired:
         return Row(source, feature, edit.op)
-    return Row(source, feature, edit.op, mask_lo=mean - edit.sigmas * std, mask_hi=mean + edit.sigmas * std)
+    reach = edit.sigmas * std
+    lo, hi = max(mean - reach, -LARGEST), min(mean + reach, LARGEST)
+    return Row(source, feature, edit.op, mask_lo=lo, mask_hi=hi)

@@ -79,8 +79,8 @@ class Selector:
 class GainTable:
     """A gain ``G(f)`` for each side of zero: values at the centres ``(b + 1/2) * width`` of the bins of ``|f|``.
 
-    The values are kept as text, base64 of little-endian float32, which is what the tables hold: a calibration has a
-    hundred thousand of them, and as numbers of their own they made a program ten times slower to hash and to send.
+    The values are kept as text, base64 of little-endian float32, which is what the tables hold: a calibration may have
+    hundreds of thousands of them, and as one piece they are hashed, compared and sent at once.
 
     Args:
         width_pos: Width of a bin of positive activations.

@@ -1,6 +1,6 @@
 """The comparison: every method at its default settings, and at the same removal of the concept."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from sae_steer.errors import DataError
@@ -78,9 +78,10 @@ class Comparison:
         if self.says is not None:
             self.says(f"{method.name} {setting:.4g}" if method is not None and setting is not None else "no edit")
         request = method.request(setting) if method is not None and setting is not None else None
-        measured = self.bench.measure(request, self.readouts, self.progress)
+        kept = self.bench.measure(request, self.readouts, self.progress).to_json()
         name = method.name if method is not None else None
-        self.journal.append({"method": name, "setting": setting, "measured": measured.to_json()})
+        self.journal.append({"method": name, "setting": setting, "measured": kept})
+        measured = Measured.of_json(kept)  # as a run that goes on from the journal has it
         self._keep(name, setting, measured)
         return measured
 
@@ -229,15 +230,10 @@ class Sums:
             if self.samples[0].reached(app, self._full, level) is None:
                 faults.append(f"at {level:.0%} APP does not get there")
                 continue
-            for rival in self.methods:
-                found = self._difference(app, rival, level) if rival is not app else None
-                if found is None:
-                    continue
-                differences.append(found)
-                if found.value >= 0 or found.interval is None or found.interval[1] > 0:
-                    worse = found.interval is not None and found.interval[0] > 0
-                    how = "is larger than" if worse else "is not clearly below"
-                    faults.append(f"at {level:.0%} APP's rise {how} that of {found.rival}")
+            rivals = [method for method in self.methods if method is not app]
+            here = [found for rival in rivals if (found := self._difference(app, rival, level)) is not None]
+            differences += here
+            faults += _faults(here, level)
         if not differences:
             faults.append("no rival gets there")
         because = "; ".join(faults) if faults else "APP's perplexity rises least at every level, against every rival"
@@ -254,3 +250,12 @@ class Sums:
                 continue
             values.append(sample.rise(mine[1]) - sample.rise(theirs[1]))
         return Difference(rival=rival.name, level=level, value=values[0], interval=interval(values[1:]))
+
+
+def _faults(found: Sequence[Difference], level: float) -> Iterator[str]:
+    """What speaks against APP at one level, in words."""
+    larger = [d.rival for d in found if d.interval is not None and d.interval[0] > 0]
+    unclear = [d.rival for d in found if d.rival not in larger and (d.interval is None or d.interval[1] >= 0)]
+    for rivals, how in ((larger, "larger than"), (unclear, "not clearly below")):
+        if rivals:
+            yield f"at {level:.0%} APP's rise is {how} that of {', '.join(rivals)}"

@@ -32,9 +32,14 @@ from sae_steer.evaluation.texts import Texts
 from sae_steer.inprocess import Steer
 from sae_steer.limits import Limits
 from sae_steer.sae import Activation
-from sae_steer_cli.models import DType, NamedSae, load_model, load_sae, location_of
+from sae_steer_cli.models import DEMO, DType, NamedSae, load_model, load_sae, location_of
 
 _LEAST_TEXTS = 10
+_READOUTS = {
+    "mean": "a logistic regression on the mean of final hidden states",
+    "last": "a logistic regression on the last token's final hidden state",
+    "words": "the model's own probability of each label's word",
+}
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -242,7 +247,7 @@ _MEASURED = ("concept", "seeds", "pool", "label_words", "dtype", "device")
 def _material(job: Job, named: NamedSae, stored: StoredCalibration, bench: Bench, train: Texts) -> Material:
     concept = bench.concept
     return Material(
-        model=Path(location_of(job.model)).name,
+        model=_model_name(job.model),
         model_fingerprint=stored.info.model,
         sae=named.name,
         sae_fingerprint=stored.info.sae_fingerprint,
@@ -252,7 +257,7 @@ def _material(job: Job, named: NamedSae, stored: StoredCalibration, bench: Bench
         concept=job.concept,
         labels=list(stored.info.labels),
         features=int(stored.record.chosen(concept).numel()),
-        readout="label words" if job.label_words else f"logistic regression, {job.pool} token",
+        readout=_READOUTS["words" if job.label_words else job.pool],
         readouts=1 if job.label_words else job.seeds,
         training_texts=0 if job.label_words else len(train),
         target_texts=len(bench.target),
@@ -260,6 +265,12 @@ def _material(job: Job, named: NamedSae, stored: StoredCalibration, bench: Bench
         plain_texts=len(bench.plain),
         plain_tokens=sum(len(ids) for ids in bench.plain.ids),
     )
+
+
+def _model_name(model: str) -> str:
+    """The last part of a folder, whatever leads there; a hub id as it is."""
+    place = Path(location_of(model))
+    return place.resolve().name if model != DEMO and place.exists() else model
 
 
 @contextmanager

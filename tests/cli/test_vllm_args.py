@@ -12,9 +12,12 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from sae_steer import embedded
+from sae_steer.catalog import CatalogSae
+from sae_steer.sae import open_sae
 from sae_steer_cli.cli import app
 from sae_steer_cli.vllm_args import VLLM_ARGS_HELP
 from sae_steer_vllm.config import KEY, PluginConfig, config_of
+from tests.calibrations import made_up, write_calibration
 
 PLAIN = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
 CONFIG = {
@@ -177,3 +180,16 @@ def test_the_hosts_are_not_needed() -> None:
         [sys.executable, "-c", program, "vllm-args", "--schema"], capture_output=True, text=True, timeout=120, env=PLAIN
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_whether_a_calibration_is_of_the_model_is_left_to_the_server(tmp_path: Path) -> None:
+    entry = CatalogSae.make("embedded", open_sae(embedded.SAE))
+    record = made_up([3, 4], 2)
+    write_calibration(tmp_path / "profiles", "c", entry, record, labels=("a", "b"), model="sha256:any model")
+    file = tmp_path / "steer.json"
+    file.write_text(json.dumps(CONFIG | {"profiles": str(tmp_path / "profiles")}))
+    assert run(file).exit_code == 0
+    (tmp_path / "profiles" / "c" / "profile.safetensors").write_bytes(b"another")
+    found = run(file)
+    assert found.exit_code == 2
+    assert "broken calibration" in found.stderr

@@ -216,7 +216,6 @@ CALIBRATED = (
         by_calibration("app", strength=6.0, positions="completion", when=_GATE | {"below": 4.0}),
         prompt="long",
     ),
-    single("app by a profile", "no gain table", profiles=[CALIBRATION]),
     single(
         "app of a profile overridden",
         "strength of one",
@@ -226,7 +225,6 @@ CALIBRATED = (
     ),
     single("mask_range by a calibration", "no mask", by_calibration("mask_range", sigmas=40.0)),
     single("gain by a calibration", "residual alone", by_calibration("gain", "trains"), prompt="long"),
-    single("dampening by a calibration", "residual alone", by_calibration("gain", value=0.25, top=6)),
     single("ablate by a calibration", "residual alone", by_calibration("ablate", "trains")),
 )
 

@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sae_steer
+from sae_steer.calibration.model import of_model
 from sae_steer.calibration.record import CALIBRATION_FILE
 from sae_steer.calibration.store import CalibrationStore, StoredCalibration
 from sae_steer.catalog import PROFILE_FILE, Catalog, CatalogSae
@@ -24,7 +26,18 @@ from sae_steer.sites import Site
 from sae_steer_kernels.feature_edit.reference import gain_at
 from tests.calibrations import made_up, write_calibration
 from tests.sae_files import write_saelens
-from tests.sae_steer.helpers import CONCEPTS, MODEL, Json, compile_doc, edit, make_catalog, program, steering
+from tests.sae_steer.helpers import (
+    CONCEPTS,
+    HIDDEN,
+    MODEL,
+    Json,
+    compile_doc,
+    edit,
+    make_catalog,
+    program,
+    steering,
+    tiny_model,
+)
 
 HERE = "steering.interventions[0]"
 NEXT = "steering.interventions[1]"
@@ -469,3 +482,26 @@ def test_a_calibration_is_not_lost_to_a_profile_of_its_name(own: Catalog) -> Non
     assert program(catalog=own, profiles=["mine"]).digest == program(app(), catalog=own).digest
     own.delete_profile("cal")
     assert refused(own, profiles=["mine"]).code == "unknown_calibration"
+
+
+# ------------------------------------------------------------------------------------------- in the same process
+
+
+def test_a_model_in_memory_takes_its_own_calibration_and_no_other(tmp_path: Path) -> None:
+    model = tiny_model()
+    here = "blocks.1.hook_resid_post"
+    write_saelens(tmp_path / "res", architecture="standard", hook_name=here, d_in=HIDDEN, n_features=32, seed=2)
+    entry = CatalogSae.make("res", open_sae(tmp_path / "res"))
+    for name, made_for in (("own", of_model(model)), ("foreign", "sha256:another")):
+        write_calibration(tmp_path / "profiles", name, entry, made_up(range(32), 2), labels=("a", "b"), model=made_for)
+    ids = torch.arange(3, 60)[None]
+    with sae_steer.attach(model, {"res": entry.sae}, profiles=tmp_path / "profiles") as steer:
+        with steer.rows([{"profiles": ["own"]}]) as found, torch.no_grad():
+            model(input_ids=ids)
+        [report] = found.reports()
+        assert report is not None
+        assert {entry["op"] for entry in report["features"]} == {"app"}
+        assert report["fired"] > 0
+        with pytest.raises(RequestError) as caught:
+            steer.compile({"profiles": ["foreign"]})
+    assert caught.value.code == "model_mismatch"

@@ -1,8 +1,8 @@
 """APP against its rivals where the truth is known: features that tell a concept by firing, by how much, or not at all.
 
 Four concepts, 48 features: 8 fire for one concept, 32 fire for all and tell them by their amplitude, 8 are noise. A
-softmax readout is fitted on unedited activations. Every method goes the way of a request, through calibration, compiler,
-tables and op.
+softmax readout is fitted on unedited activations. Every method goes the way of a request: calibration, compiler,
+tables, op.
 """
 
 from collections.abc import Iterator
