@@ -73,7 +73,12 @@ def test_the_readmes_curl_lines(demo: Served, command: str) -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     reply = json.loads(done.stdout)
     assert "error" not in reply, reply
-    if "choices" in reply:
+    if "readings" in command:
+        block = reply["choices"][0]["steering"]
+        assert any(summary["fired"] for summary in block["readings"][0]["summary"])
+        assert len(block["readings"][0]["text"]) == len(block["readings"][0]["top"]) > 0
+        assert block["triggers"][0]["feature"] == 551
+    elif "choices" in reply:
         assert reply["choices"][0]["steering"]["applied"]["tokens"] > 0
     else:
         assert reply["data"][0]["reference_max"] > 0

@@ -279,24 +279,13 @@ def _update_from_output(original: Any, self: Any, scheduler_output: Any, model_r
     may_end = {name for name in values if gate.may_end(name)}  # asked now: those that end leave the gate
     clients = {name: self.requests[name].client_index for name in snapshot.failed() if name in self.requests}
     outbox = gate.outbox
-    outbox.put(*({name: rows for name, rows in snapshot.reads.items() if name in self.requests}, snapshot.stops))
+    here = {name: rows for name, rows in snapshot.reads.items() if name in self.requests}
+    outbox.put(here, [name for name in snapshot.stops if name in here])
     reads = {name: outbox.take(name) for name in values}
     stops = {name for name in values if outbox.stops(name)}
     outputs = original(self, scheduler_output, model_runner_output)
-    ended = []
-    for batch in outputs.values():
-        for output in batch.outputs:
-            name = output.request_id
-            if name not in values or name in clients:
-                continue
-            if name in stops and output.finish_reason is None:
-                # Not STOP: the front end would take the last token for one that is not told. It knows better below.
-                output.finish_reason = FinishReason.LENGTH
-                ended.append(name)
-            told = output.finish_reason is not None or name in may_end
-            payload = payload_of(values[name] if told else None, reads=reads.pop(name))
-            if payload:
-                _attach(output, payload)
+    running = {name: sums for name, sums in values.items() if name not in clients}
+    ended = _tell(outputs, running, may_end, stops, reads)
     outbox.put({name: rows for name, rows in reads.items() if rows is not None and name in self.requests}, ())
     if ended:
         self.finish_requests(ended, RequestStatus.FINISHED_STOPPED)
@@ -309,6 +298,24 @@ def _update_from_output(original: Any, self: Any, scheduler_output: Any, model_r
         _attach(failed, payload_of(values.get(name), snapshot.errors.get(name)))
         batch.outputs.append(failed)
     return outputs
+
+
+def _tell(outputs: Any, values: Any, may_end: set[str], stops: set[str], reads: dict[str, Any]) -> list[str]:
+    """Puts on each output what its request did, taking it from ``reads``; the requests that a trigger ends here."""
+    ended = []
+    for output in (output for batch in outputs.values() for output in batch.outputs):
+        name = output.request_id
+        if name not in values:
+            continue
+        if name in stops and output.finish_reason is None:
+            # Not STOP: the front end would take the last token for one that is not told. It knows better below.
+            output.finish_reason = FinishReason.LENGTH
+            ended.append(name)
+        told = output.finish_reason is not None or name in may_end
+        payload = payload_of(values[name] if told else None, reads=reads.pop(name, None))
+        if payload:
+            _attach(output, payload)
+    return ended
 
 
 def _attach(output: Any, payload: dict[str, Any]) -> None:

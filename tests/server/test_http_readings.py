@@ -244,3 +244,23 @@ def test_top_k_of_a_part_says_what_to_do(serve: Serve) -> None:
 def test_the_limits_are_published(client: httpx.Client) -> None:
     limits = client.get("/v1/steering/capabilities").json()["limits"]
     assert (limits["max_reading_values"], limits["max_read_features"], limits["max_top_k"]) == (LIMIT, 1024, 128)
+
+
+def test_what_was_read_is_counted(client: httpx.Client) -> None:
+    def counted() -> dict[str, float]:
+        lines = [line.rpartition(" ") for line in client.get("/metrics").text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in lines}
+
+    before = counted()
+    flag = {"sae": "last", "feature": 3, "above": -1.0, "action": "flag"}
+    answer(client, {"interventions": [CLAMP], "readings": READ, "on": [flag]})
+    after = counted()
+
+    def grown(name: str) -> float:
+        return after[name] - before.get(name, 0.0)
+
+    count = TOKENS + NEW - 1
+    assert grown("sae_steer_reading_values_total") == count * 4
+    assert grown('sae_steer_trigger_fired_total{action="flag"}') == NEW
+    assert grown('sae_steer_feature_fired_total{feature="3",sae="last",what="edited"}') == count
+    assert grown("sae_steer_dose_count") == 1

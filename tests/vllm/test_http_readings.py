@@ -174,3 +174,11 @@ def test_top_k_of_a_part_says_what_to_do(vllm_servers: Servers) -> None:
         reply = post(client, {"readings": READ})
         assert reply.status_code == 400
         assert '"whole": true' in reply.json()["error"]["message"]
+
+
+def test_what_was_read_is_counted_beside_vllms_own_metrics(client: httpx.Client) -> None:
+    flag = {"sae": SAE, "feature": SEA, "above": -1.0, "action": "flag"}
+    answer(client, {"interventions": [CLAMP], "readings": READ, "on": [flag]})
+    text = client.get("/metrics").text
+    for name in ("reading_values_total", "trigger_fired_total", "feature_fired_total", "dose_bucket"):
+        assert f"\nsae_steer_{name}" in text
