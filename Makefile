@@ -59,7 +59,7 @@ $(OLDER:%=.venv-vllm-%/.installed): .venv-vllm-%/.installed: pyproject.toml cons
 demo: venv
 	$(BIN)/python examples/demo.py
 
-# run the tests, without the slow ones
+# run the tests, without the slow ones; those of the playground need a browser (Debian: apt-get install chromium)
 test: venv
 	$(PYTEST) -m "not slow"
 

@@ -27,6 +27,8 @@ from sae_steer.calibration.store import CalibrationStore, StoredCalibration
 from sae_steer.closed import NAME_PATTERN
 from sae_steer.errors import CheckpointError, Forbidden, RequestError, SchemaError, SiteError, StartError, UnknownName
 from sae_steer.sae import FeatureLabel, Labels, Sae
+from sae_steer.sae.label_files import read_labels
+from sae_steer.sae.labels import by_rank
 from sae_steer.schema import Profile, parse_profile
 from sae_steer.sites import Site
 from sae_steer.strict_json import loads
@@ -36,6 +38,7 @@ MAX_PROFILE_BYTES = 4 * 2**20
 ANY_MODEL = "any"
 """In place of a model's fingerprint: for tools that look at files where there is no model to compare with."""
 _NAME = re.compile(NAME_PATTERN)
+_NUMBER = re.compile(r"#?([0-9]{1,18})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +60,24 @@ class CatalogSae:
     whole: bool = False
 
     @classmethod
-    def make(cls, name: str, sae: Sae, *, site: Site | None = None, whole: bool = False) -> Self:
-        """Names an opened SAE; ``site`` overrides the one its file states. Raises :class:`StartError` without one."""
+    def make(
+        cls, name: str, sae: Sae, *, site: Site | None = None, whole: bool = False, labels: Path | None = None
+    ) -> Self:
+        """Names an opened SAE; ``site`` overrides the one its file states, ``labels`` what lies beside it.
+
+        Raises:
+            StartError: There is no site, or the labels cannot be read.
+        """
         site = site or sae.spec.site
         if site is None:
             raise StartError(
                 f"The files of SAE {name!r} do not say where it belongs. "
                 f"Give its site, as in {name}=PATH@resid_post.12."
             )
-        labels = Labels.load(sae.path, sae.spec.n_features)
-        return cls(name, sae, site, labels, whole)
+        known = Labels.load(sae.path, sae.spec.n_features)
+        if labels is not None:
+            known = known.updated(read_labels(labels, sae.spec.n_features))
+        return cls(name, sae, site, known, whole)
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,10 +345,27 @@ class Catalog:
         """Removes a profile; raises :class:`UnknownName` or :class:`Forbidden`."""
         self.profiles.delete(name)
 
-    def search_features(self, sae: str, query: str, limit: int) -> list[FeatureLabel]:
-        """Labelled features of one SAE whose label contains ``query``; raises :class:`UnknownName`."""
-        labels = self.sae(sae, param="sae").labels
-        return labels.search(query, limit) if labels is not None else []
+    def search_features(self, sae: str | None, query: str, limit: int) -> list[tuple[str, FeatureLabel]]:
+        """Features whose label contains the words of ``query``, the best first, each with the name of its SAE.
+
+        Args:
+            sae: Where to search; None = in every SAE.
+            query: Words; or the number of a feature, which comes first, with a label or without.
+            limit: The most that are found.
+
+        Raises:
+            UnknownName: There is no such SAE.
+        """
+        found: list[tuple[int, str, FeatureLabel]] = []
+        for entry in self.saes.values() if sae is None else [self.sae(sae, param="sae")]:
+            labels = entry.labels if entry.labels is not None else Labels({})
+            number = _NUMBER.fullmatch(query.strip())
+            feature = int(number[1]) if number is not None else -1
+            if 0 <= feature < entry.sae.spec.n_features:
+                found.append((-1, entry.name, labels.get(feature) or FeatureLabel(feature, None, None)))
+            found += [(rank, entry.name, label) for rank, label in labels.ranked(query) if label.feature != feature]
+        found.sort(key=lambda entry: by_rank((entry[0], entry[2])) if query.strip() else (entry[0], 0, 0))
+        return [(name, label) for _, name, label in found[: max(limit, 0)]]
 
 
 def _by_name(items: Iterable[_Named], what: str) -> Mapping[str, _Named]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from sae_steer import embedded
+from sae_steer import embedded, reference
 from sae_steer.catalog import Catalog, CatalogSae
 from sae_steer.sae import open_sae
 from tests import real_sae, reference_model
@@ -58,6 +58,15 @@ class SteeredModel:
         """Text of a completion: what it adds to the text of the prompt."""
         before = self.tokenizer.decode(self.prompt, skip_special_tokens=True)
         return str(self.tokenizer.decode([*self.prompt, *tokens], skip_special_tokens=True))[len(before) :]
+
+
+@torch.no_grad()
+def all_features(steered: SteeredModel, text: str) -> torch.Tensor:
+    """``[T, F]`` float64: the whole dictionary on a text, by the definition."""
+    entry = steered.catalog.saes[steered.sae]
+    ids = steered.tokenizer(text)["input_ids"]
+    states = steered.model64(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    return torch.stack([reference.encode(entry.sae, x) for x in states[entry.site.read.layer + 1][0]])
 
 
 def _load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -7,7 +7,7 @@ Where the checkpoint is one file among others, such as ``layer0.pt``, it is ``la
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -63,31 +63,74 @@ class Labels:
         path = labels_file(location)
         if not path.is_file():
             return cls({})
-        features = read_json(path, MAX_LABELS_BYTES).get("features")
+        return cls.parse(read_json(path, MAX_LABELS_BYTES), path, n_features)
+
+    @classmethod
+    def parse(cls, value: Mapping[str, object], path: Path, n_features: int | None = None) -> Self:
+        """The same from what was read of ``path``."""
+        features = value.get("features")
         if not isinstance(features, dict):
             raise CheckpointError(f"{path}: 'features' must be an object of features by number.")
-        entries = (_entry(key, value, n_features, path) for key, value in features.items())
+        entries = (_entry(key, entry, n_features, path) for key, entry in features.items())
         return cls({entry.feature: entry for entry in entries})
 
     def get(self, feature: int) -> FeatureLabel | None:
         """What is known about a feature; None = nothing."""
         return self._features.get(feature)
 
-    def search(self, query: str, limit: int) -> list[FeatureLabel]:
-        """The first ``limit`` features whose label contains ``query`` in any case; empty: any feature.
+    def updated(self, given: "Labels") -> "Labels":
+        """These, with what is ``given`` for a feature in the place of what was known; a null says nothing."""
+        merged = dict(self._features)
+        for feature, new in given._features.items():
+            old = merged.get(feature, new)
+            label = new.label if new.label is not None else old.label
+            maximum = new.reference_max if new.reference_max is not None else old.reference_max
+            merged[feature] = FeatureLabel(feature, label, maximum)
+        return Labels(merged)
 
-        Labels that are the query come first, then those that begin with it; within these, by number.
+    def search(self, query: str, limit: int) -> list[FeatureLabel]:
+        """The ``limit`` best features of :meth:`ranked`."""
+        found = list(self.ranked(query))
+        if query.strip():
+            found.sort(key=by_rank)
+        return [entry for _, entry in found[: max(limit, 0)]]
+
+    def ranked(self, query: str) -> Iterator[tuple[int, FeatureLabel]]:
+        """The features whose label contains every word of ``query`` in any case, each with its rank, 0 = best.
+
+        A label that is the query comes before one that begins with it, then one that has it at the start of a word,
+        then anywhere, then one that has its words apart. An empty query finds every feature, those with a label first.
         """
-        folded = query.casefold()
-        if not folded:
-            return list(self._features.values())[: max(limit, 0)]
-        found = [
-            (label != folded, not label.startswith(folded), i) for i, label in self._folded.items() if folded in label
-        ]
-        return [self._features[i] for *_, i in sorted(found)[: max(limit, 0)]]
+        words = query.casefold().split()
+        if not words:
+            yield from ((0, entry) for entry in self._features.values() if entry.label is not None)
+            yield from ((1, entry) for entry in self._features.values() if entry.label is None)
+            return
+        phrase = " ".join(words)
+        start = re.compile(rf"(?<!\w){re.escape(phrase)}")
+        starts = [re.compile(rf"(?<!\w){re.escape(word)}") for word in words]
+        for feature, label in self._folded.items():
+            if all(word in label for word in words):
+                yield _rank(label, phrase, start, starts), self._features[feature]
 
     def __len__(self) -> int:
         return len(self._features)
+
+
+def _rank(label: str, phrase: str, start: re.Pattern[str], starts: list[re.Pattern[str]]) -> int:
+    if label == phrase:
+        return 0
+    if label.startswith(phrase):
+        return 1 if not label[len(phrase)].isalnum() else 2
+    if phrase in label:
+        return 3 if start.search(label) else 4
+    return 5 if all(word.search(label) for word in starts) else 6
+
+
+def by_rank(found: tuple[int, FeatureLabel]) -> tuple[int, int, int]:
+    """A sorting key of what :meth:`Labels.ranked` gives: of equal rank, the shorter label, then the lower number."""
+    rank, entry = found
+    return rank, len(entry.label or ""), entry.feature
 
 
 def labels_file(location: Path) -> Path:
@@ -105,10 +148,20 @@ def _entry(key: str, value: object, n_features: int | None, path: Path) -> Featu
     )
 
 
+def is_plain(label: str) -> bool:
+    """Whether a text may be a label as it stands: one line, not too long, of nothing but characters that show."""
+    return len(label) <= MAX_LABEL_CHARACTERS and not _NOT_PLAIN.search(label)
+
+
+def made_plain(text: str) -> str:
+    """A text on one line, with a replacement character for each that would not show."""
+    return _NOT_PLAIN.sub("\ufffd", " ".join(text.split()))
+
+
 def _label(key: str, label: object, path: Path) -> str | None:
     if label is None:
         return None
-    if not isinstance(label, str) or len(label) > MAX_LABEL_CHARACTERS or _NOT_PLAIN.search(label):
+    if not isinstance(label, str) or not is_plain(label):
         raise CheckpointError(
             f"{path}: the label of feature {key} must be null or one line of plain text of at most "
             f"{MAX_LABEL_CHARACTERS} characters."

@@ -10,7 +10,7 @@ from sae_steer.errors import StartError
 from sae_steer.limits import Limits
 from sae_steer.sites import Site
 from sae_steer_cli.refusal import imports_of, refusals
-from sae_steer_server.settings import DType, SaeSource, Settings, VectorSource
+from sae_steer_server.settings import DType, LabelSource, SaeSource, Settings, VectorSource
 from sae_steer_server.sockets import bind
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -63,6 +63,14 @@ def serve(
             metavar="NAME",
             help="Compute this TopK SAE by the threshold that its files store: no whole dictionary, and not exact. "
             "Repeatable.",
+        ),
+    ] = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE",
+            help="Labels of this SAE's features, for the search: Neuronpedia's export (.json, .jsonl, .jsonl.gz, or a "
+            "folder of its batches) or a .csv with the columns feature,label[,reference_max]. Once for each SAE.",
         ),
     ] = None,
     convert_cache: Annotated[
@@ -153,6 +161,7 @@ def serve(
             saes=tuple(SaeSource.parse(text) for text in sae or ()),
             whole=frozenset(whole or ()),
             thresholds=frozenset(topk_threshold or ()),
+            labels=tuple(LabelSource.parse(text) for text in labels or ()),
             convert_cache=convert_cache,
             vectors=tuple(VectorSource.parse(text) for text in vector or ()),
             sites=tuple(Site.parse(text) for text in site or ()),

@@ -31,6 +31,7 @@ class SaeEntry(Reply):
     architecture: str
     features: int
     width: int
+    whole: bool = Field(description="Whether its whole dictionary is held, as `top_k` readings need.")
     fingerprint: str
 
 

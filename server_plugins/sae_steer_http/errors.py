@@ -27,6 +27,16 @@ class SaeNotFound(NotFound):
     code = "unknown_sae"
 
 
+class FeatureNotFound(NotFound):
+    """A feature number outside the dictionary."""
+
+    code = "unknown_feature"
+
+
+class PageNotFound(NotFound):
+    """No page of that name."""
+
+
 def error_json(message: str, *, status: int, param: str | None, code: str) -> bytes:
     """An error's body. ASCII only: a client's lone surrogate must not break the answer that quotes it."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from sae_steer.catalog import Catalog
 from sae_steer.errors import Forbidden, RequestError, Unauthorized
+from sae_steer.sae import FeatureLabel, Labels
 from sae_steer.schema import (
     MAX_READ_FEATURES,
     MAX_TOP_K,
@@ -31,7 +32,7 @@ from sae_steer_http.catalog_replies import (
     SaeEntry,
     SaeList,
 )
-from sae_steer_http.errors import ProfileNotFound, SaeNotFound
+from sae_steer_http.errors import FeatureNotFound, ProfileNotFound, SaeNotFound
 from sae_steer_http.openapi import admin_security, errors, request_body
 from sae_steer_http.replies import Reply
 from sae_steer_http.security import same_key
@@ -47,8 +48,20 @@ class FeatureQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     sae: Annotated[str, Field(description="Name of an SAE; left out = all of them.")] | None = None
-    q: Annotated[str, Field(max_length=256, description="Part of a label; left out = every labelled feature.")] = ""
+    q: Annotated[
+        str, Field(max_length=256, description="Words of a label, or a number; left out = all with a label.")
+    ] = ""
     limit: Annotated[int, Field(ge=1, le=1000)] = 20
+    ids: (
+        Annotated[
+            str,
+            Field(
+                pattern=r"^[0-9]{1,9}(,[0-9]{1,9}){0,127}$",
+                description="Instead of words: numbers of features, with commas between them.",
+            ),
+        ]
+        | None
+    ) = None
 
 
 @router.get("/saes", responses={200: {"model": SaeList}, **errors(401)})
@@ -61,6 +74,7 @@ async def saes(request: Request) -> Response:
             architecture=entry.sae.spec.architecture,
             features=entry.sae.spec.n_features,
             width=entry.sae.spec.d_in,
+            whole=entry.whole,
             fingerprint=entry.sae.fingerprint,
         )
         for entry in service_of(request).catalog.saes.values()
@@ -70,18 +84,35 @@ async def saes(request: Request) -> Response:
 
 @router.get("/features", responses={200: {"model": FeatureList}, **errors(400, 401, 404)})
 async def features(request: Request, query: Annotated[FeatureQuery, Query()]) -> Response:
-    """Labelled features whose label contains a text, in any case."""
+    """Features whose label contains every word of a text, in any case, the best first; a number finds that feature."""
     catalog = service_of(request).catalog
     if query.sae is not None and query.sae not in catalog.saes:
         raise SaeNotFound(f"There is no SAE {query.sae!r}. GET /v1/steering/saes lists those there are.", param="sae")
-    found: list[FeatureEntry] = []
-    for name in [query.sae] if query.sae is not None else catalog.saes:
-        labels = await asyncio.to_thread(catalog.search_features, name, query.q, query.limit - len(found))
-        found += [
-            FeatureEntry(sae=name, feature=label.feature, label=label.label, reference_max=label.reference_max)
-            for label in labels
-        ]
+    if query.ids is not None:
+        labels = _described(catalog, query)
+    else:
+        labels = await asyncio.to_thread(catalog.search_features, query.sae, query.q, query.limit)
+    found = [
+        FeatureEntry(sae=name, feature=label.feature, label=label.label, reference_max=label.reference_max)
+        for name, label in labels
+    ]
     return _json(FeatureList(data=found))
+
+
+def _described(catalog: Catalog, query: FeatureQuery) -> list[tuple[str, FeatureLabel]]:
+    """The features that ``ids`` names, in its order, of one SAE or of each; raises :class:`FeatureNotFound`."""
+    entries = [catalog.saes[query.sae]] if query.sae is not None else list(catalog.saes.values())
+    wanted = [int(feature) for feature in (query.ids or "").split(",")]
+    most = max((entry.sae.spec.n_features for entry in entries), default=0)
+    missing = next((feature for feature in wanted if feature >= most), None)
+    if missing is not None:
+        raise FeatureNotFound(f"ids: there is no feature {missing}; the last one is {most - 1}.", param="ids")
+    found: list[tuple[str, FeatureLabel]] = []
+    for entry in entries:
+        labels = entry.labels if entry.labels is not None else Labels({})
+        mine = [feature for feature in wanted if feature < entry.sae.spec.n_features]
+        found += [(entry.name, labels.get(feature) or FeatureLabel(feature, None, None)) for feature in mine]
+    return found
 
 
 @router.get("/capabilities", responses={200: {"model": CapabilityList}, **errors(401)})

@@ -116,7 +116,14 @@ def load(settings: Settings) -> ServerState:
 def load_catalog(settings: Settings) -> Catalog:
     """Opens the SAEs and vectors; raises :class:`StartError`."""
     names = {source.name for source in settings.saes}
-    for option, named in (("--whole", settings.whole), ("--topk-threshold", settings.thresholds)):
+    labels = {source.sae: source.path for source in settings.labels}
+    if len(labels) < len(settings.labels):
+        raise StartError("--labels: give the labels of an SAE once. A folder of files counts as one.")
+    for option, named in (
+        ("--whole", settings.whole),
+        ("--topk-threshold", settings.thresholds),
+        ("--labels", labels.keys()),
+    ):
         if unknown := sorted(named - names):
             raise StartError(f"{option} {unknown[0]}: there is no such SAE. Name it with --sae {unknown[0]}=LOCATION.")
     saes: list[CatalogSae] = []
@@ -128,7 +135,8 @@ def load_catalog(settings: Settings) -> Catalog:
             topk="threshold" if source.name in settings.thresholds else "exact",
             cache=settings.convert_cache,
         )
-        saes.append(CatalogSae.make(source.name, sae, site=source.site, whole=source.name in settings.whole))
+        whole = source.name in settings.whole
+        saes.append(CatalogSae.make(source.name, sae, site=source.site, whole=whole, labels=labels.get(source.name)))
     vectors = [Vector.load(source.name, source.path) for source in settings.vectors]
     if settings.profiles is not None and not settings.profiles.is_dir():
         raise StartError(f"--profiles {settings.profiles} is not a folder. Make it first, or mend the path.")

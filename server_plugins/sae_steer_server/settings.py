@@ -83,6 +83,25 @@ class VectorSource:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelSource:
+    """Where labels of an SAE are found, beside those that it comes with.
+
+    Args:
+        sae: The name of the SAE.
+        path: A file or folder that :func:`~sae_steer.sae.label_files.read_labels` reads.
+    """
+
+    sae: str
+    path: Path
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Reads ``NAME=FILE``; raises :class:`StartError`."""
+        name, path = _named(text, "--labels", "res12=./labels.csv")
+        return cls(name, Path(path))
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """Everything that is decided at start.
 
@@ -91,6 +110,7 @@ class Settings:
         saes: The SAEs.
         whole: Names of SAEs whose whole dictionary is held in memory.
         thresholds: Names of TopK SAEs that are computed by the threshold that their files store.
+        labels: Labels of SAEs, at most one for each.
         convert_cache: Folder of SAEs that had to be converted; None = such SAEs are refused.
         vectors: The plain vectors.
         sites: Places to hook beside those of the SAEs, for vectors.
@@ -118,6 +138,7 @@ class Settings:
     saes: tuple[SaeSource, ...] = ()
     whole: frozenset[str] = frozenset()
     thresholds: frozenset[str] = frozenset()
+    labels: tuple[LabelSource, ...] = ()
     convert_cache: Path | None = None
     vectors: tuple[VectorSource, ...] = ()
     sites: tuple[Site, ...] = ()

@@ -40,6 +40,10 @@ class SaeEntry(_Closed):
         Literal["exact", "threshold"],
         Field(description="`threshold` = by the threshold that the files store: no whole dictionary, and not exact."),
     ] = "exact"
+    labels: Annotated[
+        str | None,
+        Field(description="Labels of its features: Neuronpedia's export (a file or a folder of batches), or a CSV."),
+    ] = None
 
 
 class VectorEntry(_Closed):
@@ -167,7 +171,8 @@ def _catalog(text: str) -> Catalog:
     for entry in config.saes:
         sae = open_served(entry.location, revision=entry.revision, topk=entry.topk, cache=cache)
         site = Site.parse(entry.site) if entry.site is not None else None
-        saes.append(CatalogSae.make(entry.name, sae, site=site, whole=entry.whole))
+        labels = Path(entry.labels) if entry.labels is not None else None
+        saes.append(CatalogSae.make(entry.name, sae, site=site, whole=entry.whole, labels=labels))
     vectors = [Vector.load(entry.name, Path(entry.location)) for entry in config.vectors]
     folder = Path(config.profiles) if config.profiles is not None else None
     if folder is not None and not folder.is_dir():

@@ -9,7 +9,7 @@ from starlette.datastructures import State
 from starlette.responses import Response
 
 from sae_steer.errors import StartError, SteerError
-from sae_steer_http import routes_steering
+from sae_steer_http import routes_activations, routes_playground, routes_steering
 from sae_steer_http.errors import steer_error_response
 from sae_steer_http.service import SteeringService
 from sae_steer_http.steering import check_profiles
@@ -32,7 +32,8 @@ class SteeringEndpoint:
 
     def attach_router(self, app: FastAPI) -> None:
         """Adds the routes and the middleware."""
-        app.include_router(routes_steering.router)
+        for routes in (routes_steering, routes_activations, routes_playground):
+            app.include_router(routes.router)
         app.add_middleware(SteeringMiddleware)
 
         async def steer(_: Request, error: Exception) -> Response:

@@ -315,8 +315,9 @@ def test_labels_are_searched_by_sae(tmp_path: Path) -> None:
     write_saelens(tmp_path / "b")
     write_labels(tmp_path / "a", {3: ("A Cat", 1.0), 9: ("a dog", None), 12: ("cats", 2.0)})
     catalog = Catalog([CatalogSae.make(name, open_sae(tmp_path / name)) for name in "ab"])
-    assert [entry.feature for entry in catalog.search_features("a", "cat", 10)] == [12, 3]  # what begins with it first
-    assert [entry.feature for entry in catalog.search_features("a", "cat", 1)] == [12]
+    found = catalog.search_features("a", "cat", 10)
+    assert [entry.feature for _, entry in found] == [12, 3], "what begins with it first"
+    assert [entry.feature for _, entry in catalog.search_features("a", "cat", 1)] == [12]
     assert catalog.search_features("b", "cat", 10) == []
     with pytest.raises(UnknownName):
         catalog.search_features("c", "cat", 10)

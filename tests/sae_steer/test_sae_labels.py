@@ -25,8 +25,8 @@ def test_get_and_search(tmp_path: Path) -> None:
     assert labels.get(5) is None
     assert [found.feature for found in labels.search("Fruit", 10)] == [4, 30]
     assert [found.feature for found in labels.search("STRASSE", 10)] == [9]
-    assert [found.feature for found in labels.search("", 10)] == [4, 7, 9, 30]
-    assert [found.feature for found in labels.search("", 2)] == [4, 7]
+    assert [found.feature for found in labels.search("", 10)] == [4, 9, 30, 7]
+    assert [found.feature for found in labels.search("", 2)] == [4, 9]
     assert labels.search("fruit", 0) == labels.search("fruit", -1) == []
     assert labels.search("None", 10) == labels.search("none", 10) == []
 

@@ -20,7 +20,7 @@ from sae_steer.errors import StartError
 from sae_steer.sites import Site
 from sae_steer_server import load as load_module
 from sae_steer_server.load import load, load_catalog, with_demo
-from sae_steer_server.settings import SaeSource, Settings, VectorSource
+from sae_steer_server.settings import LabelSource, SaeSource, Settings, VectorSource
 from tests.sae_writers.gemma import write_scope
 
 COMMAND = [sys.executable, "-m", "sae_steer_cli"]
@@ -249,3 +249,22 @@ def test_a_compressed_sae_is_served_by_its_conversion(base_settings: Settings, t
     (tmp_path / "cache").mkdir()
     catalog = load_catalog(replace(settings, convert_cache=tmp_path / "cache"))
     assert catalog.sae("scope").sae.spec.family == "canonical"
+
+
+def test_labels_are_given_at_start(base_settings: Settings, tmp_path: Path) -> None:
+    path = tmp_path / "more=.csv"
+    path.write_text("feature,label\n3,the open sea\n31,a new one\n")
+    source = LabelSource.parse(f"last={path}")
+    assert source == LabelSource("last", path)
+    catalog = load_catalog(replace(base_settings, labels=(source,)))
+    found = [(entry.feature, entry.label, entry.reference_max) for _, entry in catalog.search_features("last", "", 9)]
+    assert found == [(3, "the open sea", 2.0), (5, "a ship", None), (31, "a new one", None)]
+    with pytest.raises(StartError, match="--labels first: there is no such SAE"):
+        load_catalog(replace(base_settings, labels=(LabelSource("first", path),)))
+    with pytest.raises(StartError, match="give the labels of an SAE once"):
+        load_catalog(replace(base_settings, labels=(source, source)))
+    with pytest.raises(StartError, match="is not NAME=LOCATION"):
+        LabelSource.parse("labels.csv")
+    path.write_text("feature,label\n3,a\n32,b\n")
+    with pytest.raises(StartError, match="line 3: '32' is no feature of this SAE, which has 0 to 31"):
+        load_catalog(replace(base_settings, labels=(source,)))

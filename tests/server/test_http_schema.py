@@ -16,6 +16,7 @@ WITH_INPUT = [
     ("POST", "/v1/completions"),
     ("GET", "/v1/models/{model_id}"),
     ("GET", "/v1/steering/features"),
+    ("POST", "/v1/steering/activations"),
     ("GET", "/v1/steering/profiles/{name}"),
     ("PUT", "/v1/steering/profiles/{name}"),
     ("DELETE", "/v1/steering/profiles/{name}"),

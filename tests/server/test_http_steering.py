@@ -1,5 +1,7 @@
 """Steering over HTTP: by the field, by the model's name, by profiles; and the routes that list what may be named."""
 
+import contextlib
+import http.client
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,7 +154,8 @@ def test_vectors_steer_where_a_site_is_hooked(client: httpx.Client) -> None:
 def test_saes_are_listed(client: httpx.Client, served: Served) -> None:
     (entry,) = client.get("/v1/steering/saes").json()["data"]
     assert entry.pop("fingerprint") == served.state.steering.catalog.saes["last"].sae.fingerprint
-    assert entry == {"id": "last", "site": "resid_post.1", "architecture": "standard", "features": 32, "width": 64}
+    form = {"architecture": "standard", "features": 32, "width": 64, "whole": False}
+    assert entry == {"id": "last", "site": "resid_post.1"} | form
 
 
 def test_features_are_searched(client: httpx.Client) -> None:
@@ -165,11 +168,25 @@ def test_features_are_searched(client: httpx.Client) -> None:
     assert found(sae="last", q="SEA") == [3]
     assert found(limit=1) == [3]
     assert found(q="mountain") == []
+    assert found(q="7") == found(q="#7") == [7], "a number finds a feature that has no label"
+    assert found(q="32") == []
+    assert found(sae="last", ids="5,31,3") == found(ids="5,31,3") == [5, 31, 3]
     wrong = [({"sae": "first"}, 404), ({"limit": 0}, 400), ({"limit": "x"}, 400), ({"colour": 1}, 400)]
+    wrong += [({"q": "x" * 257}, 400), ({"ids": "32"}, 404), ({"ids": "3,x", "sae": "last"}, 400)]
+    wrong += [({"ids": "3,32", "sae": "last"}, 404), ({"ids": ",".join(["1"] * 129), "sae": "last"}, 400)]
     for query, status in wrong:
         reply = client.get("/v1/steering/features", params=query)
         assert reply.status_code == status
         assert reply.json()["error"]["param"] == next(iter(query))
+
+
+def test_a_search_of_a_megabyte_is_refused(client: httpx.Client, served: Served) -> None:
+    # httpx itself would not send it
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=30)
+    with contextlib.closing(connection), contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        connection.request("GET", "/v1/steering/features?q=" + "x" * 2**20)
+        assert connection.getresponse().status in (400, 414)
+    assert client.get("/v1/steering/features", params={"q": "sea"}).status_code == 200
 
 
 def test_schema_and_capabilities_are_published(client: httpx.Client, served: Served) -> None:

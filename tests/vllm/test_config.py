@@ -303,3 +303,16 @@ def test_what_is_secret_is_never_printed(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(StartError) as caught:
             read_file(path)
         assert secret not in caught.value.message
+
+
+def test_labels_are_given_with_an_sae(sae: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("feature,label\n1,the sea\n")
+    entry = {"name": "a", "location": str(sae), "labels": str(tmp_path / "labels.csv")}
+    config = config_of({KEY: {"saes": [entry]}})
+    assert config is not None
+    assert [found.label for _, found in catalog_of(config).search_features("a", "sea", 5)] == ["the sea"]
+    (tmp_path / "broken.csv").write_text("feature,label\n1,a\n1,b\n")
+    config = config_of({KEY: {"saes": [entry | {"labels": str(tmp_path / "broken.csv")}]}})
+    assert config is not None
+    with pytest.raises(StartError, match="line 3: feature 1 is here for the second time"):
+        catalog_of(config)

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 import sae_steer
-from sae_steer_http import routes_steering
+from sae_steer_http import routes_activations, routes_playground, routes_steering
 from sae_steer_http.security import Security, allowed_hosts
 from sae_steer_server.http import errors, openapi, routes_generation, routes_health, routes_models, routes_profiler
 from sae_steer_server.http.edge import Edge
@@ -37,7 +37,14 @@ def create_app(state: ServerState) -> FastAPI:
     )
     app.state.server = state
     app.state.steering = state.steering
-    for routes in (routes_generation, routes_models, routes_steering, routes_health):
+    for routes in (
+        routes_generation,
+        routes_models,
+        routes_steering,
+        routes_activations,
+        routes_playground,
+        routes_health,
+    ):
         app.include_router(routes.router)
     if settings.profile_dir is not None:
         app.include_router(routes_profiler.router)

@@ -9,9 +9,10 @@ from pydantic import BaseModel
 import sae_steer
 from sae_steer.schema import ProfileBody
 from sae_steer_http.openapi import complete, errors
+from sae_steer_http.routes_activations import ActivationsRequest
 from sae_steer_server.http.openai_models import ChatRequest, CompletionRequest
 
-_BODIES: tuple[type[BaseModel], ...] = (ChatRequest, CompletionRequest, ProfileBody)
+_BODIES: tuple[type[BaseModel], ...] = (ChatRequest, CompletionRequest, ProfileBody, ActivationsRequest)
 
 GENERATION_ERRORS = errors(400, 401, 404, 413, 422, 429, 503)
 
