@@ -13,7 +13,8 @@ from sae_steer.errors import DataError
 
 BUFFERED = 2**21
 """Activations that are gathered before they are sorted."""
-_MAX_CELLS = 2**27
+_MAX_CELLS = 2**25
+"""Pairs of feature and label, of 24 bytes each, in two copies while a run is gathered."""
 
 
 @dataclass(frozen=True, slots=True)

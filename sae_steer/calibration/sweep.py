@@ -2,8 +2,8 @@
 
 The effect is the change of the mean log-probability of the target's tokens, in nats a token; the cost is the rise of
 the loss on plain text, in the same unit. Of the strengths at one place the **knee** is the one whose point (cost,
-effect), both as shares of their largest value there, lies farthest above the chord from (0, 0) to (1, 1): behind it cost
-grows faster than effect. That is the definition of Kneedle (Satopaa and others, 2011) without its smoothing.
+effect), both as shares of their largest value there, lies farthest above the chord from (0, 0) to (1, 1): behind it
+cost grows faster than effect. That is the definition of Kneedle (Satopaa and others, 2011) without its smoothing.
 """
 
 import hashlib

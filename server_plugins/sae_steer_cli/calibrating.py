@@ -20,7 +20,8 @@ from sae_steer.calibration.observe import Observing
 from sae_steer.calibration.profile import check_target, write_profile
 from sae_steer.calibration.shards import Shards
 from sae_steer.errors import DataError
-from sae_steer.sae import Labels
+from sae_steer.limits import Limits
+from sae_steer.sae import Activation, Labels
 from sae_steer_cli.models import DType, NamedSae, load_model, load_sae, location_of
 
 
@@ -95,6 +96,7 @@ def run(job: Job) -> None:
     )
     shards.remove()
     typer.echo(_summary(job, named, found, gathered, choice, info, seconds))
+    typer.echo("\n".join(_how_to_use(job, named, calibration.features.numel())))
 
 
 def _survey(job: Job) -> Survey:
@@ -239,20 +241,27 @@ def _summary(
         lines.append(f"{progress.unseen} texts had their span beyond that, and were not observed.")
     lines.append(f"Activations are known to {sketch.error:.1%}.")
     lines.append(f"{progress.tokens} tokens; {here} texts now, in {seconds:.1f} s; at most {peak:.0f} MB of memory.")
-    return "\n".join([*lines, "", *_how_to_use(job, named)])
+    return "\n".join([*lines, ""])
 
 
-def _how_to_use(job: Job, named: NamedSae) -> list[str]:
+def _how_to_use(job: Job, named: NamedSae, features: int) -> list[str]:
     name, folder = job.out.name, job.out.absolute().parent
     demo = job.model == "demo" and job.sae is None
     serve = (
         "sae-steer serve demo" if demo else f"sae-steer serve {job.model} --sae {named.name}={_location(job, named)}"
     )
+    if named.sae.spec.activation is Activation.TOPK and not demo:
+        serve += f" --whole {named.name}"
+    limits = Limits()
+    if features > limits.widest:
+        serve += f" --wide-features {features}"
+    if features > limits.max_edits:
+        serve += f" --max-edits {features}"
     model = "demo" if demo else Path(job.model).name
     return [
         f"{job.out.absolute()} suppresses {', '.join(job.concepts)}:",
         "",
-        f"    {serve} --profiles {folder} --wide-features 512",
+        f"    {serve} --profiles {folder}",
         "    curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '",
         f'      {{"model": "{model}", "prompt": "Once", "steering": {{"profiles": ["{name}"]}}}}\'',
         "",

@@ -78,7 +78,7 @@ def run(ask: Sweep) -> None:
     result = {
         "what": _title(ask),
         "definition": "effect: change of the target's mean log-probability, nats a token; cost: rise of the loss on "
-        "plain text, nats a token; knee: the point (cost, effect), as shares of their largest, farthest above the chord",
+        "plain text, nats a token; knee: the point (cost, effect), as shares of the largest, farthest above the chord",
         "unsteered": {"target": asdict(before), "plain": asdict(bare), "perplexity": bare.perplexity},
         "cells": [asdict(cell) for cell in cells],
         "knees": [asdict(k) for k in found],

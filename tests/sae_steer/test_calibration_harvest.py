@@ -234,7 +234,7 @@ def test_what_does_not_fit_is_refused(model: PreTrainedModel, tmp_path: Path) ->
     assert context_of(model, None) == most
     with pytest.raises(DataError, match=f"more than the model's context of {most}"):
         context_of(model, most + 1)
-    with pytest.raises(DataError, match="more than 134217728 pairs"):
+    with pytest.raises(DataError, match="more than 33554432 pairs"):
         Statistics(2**20, 2**10)
 
 
