@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sae_steer.calibration.data import Fault, Reader, survey
 from sae_steer.calibration.harvest import context_of
+from sae_steer.calibration.model import of_model, of_source
 from sae_steer.calibration.plots import png
 from sae_steer.calibration.plots import sweep as drawn
 from sae_steer.calibration.scoring import Passage, Score, passages
@@ -22,7 +23,7 @@ from sae_steer.catalog import Catalog, CatalogSae, ProfileStore, Vector
 from sae_steer.errors import DataError, RequestError, RunFailed, StartError
 from sae_steer.sae import Activation
 from sae_steer.sites import Site
-from sae_steer_cli.models import DType, NamedSae, columns_of, load_model, load_sae
+from sae_steer_cli.models import DType, NamedSae, columns_of, load_model, load_sae, location_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,8 @@ def _concept_case(ask: Sweep, path: Path, named: list[NamedSae]) -> Case:
         how = {"calibration": folder.name, "concept": concept, "strength": strength}
         return [{"op": "app", "sae": info.sae, **how}]
 
-    catalog = Catalog([entry], profiles=folder.parent, writable=False)
+    fingerprint = of_source(location_of(ask.model))
+    catalog = Catalog([entry], profiles=folder.parent, writable=False, model=fingerprint)
     return Case(f"{info.site} ({folder.name})", catalog, (), info.settings.cap, edit)
 
 
@@ -210,8 +212,6 @@ def _settings(
     model: PreTrainedModel,
 ) -> dict[str, Any]:
     """Everything that decides what a cell is; more strengths and places may be asked for later."""
-    from sae_steer.calibration.model import of_model
-
     parts: dict[str, Callable[[], object]] = {
         "model": lambda: of_model(model),
         "dtype": lambda: str(model.dtype),

@@ -19,7 +19,7 @@ from sae_steer.calibration.sweep import Cell, Journal, knee, knees
 from sae_steer.errors import DataError
 from sae_steer.sae import open_sae
 from sae_steer_cli.cli import app
-from tests.topic_texts import sentences
+from tests.topic_texts import sentences, write
 
 PLAIN = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
 SEA = 551
@@ -93,6 +93,22 @@ def test_a_direction_at_several_places(files: tuple[Path, Path], tmp_path: Path)
         assert cell["effect"] > 0
     assert {k["place"] for k in found["knees"]} <= {"resid_post.1", "resid_post.3"}
     assert by_feature.stdout.count("<- knee") == len(found["knees"])
+
+
+def test_a_calibrated_concept(files: tuple[Path, Path], tmp_path: Path) -> None:
+    data = write(tmp_path / "d.jsonl", sentences(300, 3, ("music", "sea")))
+    options = ["--data", str(data), "--concept", "sea", "--tokens", "all", "--cap", "8", "--out", str(tmp_path / "sea")]
+    made = CliRunner().invoke(app, ["calibrate", "--model", "demo", "--dtype", "float32", *options], env=PLAIN)
+    assert made.exit_code == 0, made.output
+    result = call(files, tmp_path / "o", "--profile", str(tmp_path / "sea"), "--strengths", "0,1,4")
+    assert result.exit_code == 0, result.output
+    nothing, once, more = results(tmp_path / "o")["cells"]
+    assert nothing["place"] == "resid_post.3 (sea)"
+    assert (nothing["effect"], nothing["cost"]) == (0, 0), "a gain to the power of zero is one"
+    for cell in (once, more):
+        assert cell["effect"] < -0.03, "text of the sea becomes less likely"
+        assert cell["cost"] < 0.01, "and text of other things does not"
+    assert more["dose"] > once["dose"] > 0
 
 
 def test_a_killed_sweep_goes_on(files: tuple[Path, Path], tmp_path: Path) -> None:
