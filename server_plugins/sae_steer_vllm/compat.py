@@ -28,7 +28,8 @@ from vllm.v1.worker.worker_base import WorkerBase
 from sae_steer.calibration.model import of_source
 from sae_steer.capabilities import VLLM
 from sae_steer.errors import RequestError, StartError
-from sae_steer.program import Footprint, Program
+from sae_steer.footprint import Footprint
+from sae_steer.program import Program
 from sae_steer.slots import Slot, buckets_of
 from sae_steer.wire import check, parse
 from sae_steer_vllm import op

@@ -10,7 +10,8 @@ import torch
 
 from sae_steer.device_reads import DeviceReads
 from sae_steer.device_step import DeviceStep
-from sae_steer.program import Footprint, Program, Row
+from sae_steer.footprint import Footprint
+from sae_steer.program import Program, Row
 from sae_steer.readings import Reader
 from sae_steer.runs import RunTable
 from sae_steer.slots import Slot, SlotPool

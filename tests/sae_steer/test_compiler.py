@@ -14,8 +14,9 @@ from sae_steer import read_compiler
 from sae_steer.catalog import Catalog, CatalogSae
 from sae_steer.compiler import MAX_SELECTORS
 from sae_steer.errors import RequestError
+from sae_steer.footprint import Footprint
 from sae_steer.limits import Limits
-from sae_steer.program import Footprint, Phase, Program
+from sae_steer.program import Phase, Program
 from sae_steer.sae import open_sae
 from sae_steer.schema import MAX_READ_FEATURES, parse_profile
 from sae_steer.sites import Site

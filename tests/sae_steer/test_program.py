@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_steer.program import Footprint, Phase, Program, Row, Selector, SiteProgram
+from sae_steer.footprint import Footprint
+from sae_steer.program import Phase, Program, Row, Selector, SiteProgram
 from sae_steer.sites import Site
 from sae_steer.step import Span, StepMap
 from tests.sae_steer.test_report import make_run
