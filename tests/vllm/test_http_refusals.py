@@ -99,7 +99,13 @@ BAD_STEERING: list[Any] = [
     {"dose": {"limit": True}, "interventions": [CLAMP]},
     {"dose": {"limit": 1, "on_dose": "cry"}, "interventions": [CLAMP]},
     {"readings": {"sae": SAE}, "interventions": [CLAMP]},
-    {"on": [{"sae": SAE, "feature": 1, "above": 1, "action": "stop"}]},
+    {"readings": {"sae": "other", "features": [1]}},
+    {"readings": {"sae": SAE, "features": [768]}},
+    {"readings": {"sae": SAE, "features": [1, 1]}},
+    {"readings": {"sae": SAE, "top_k": 129}},
+    {"readings": []},
+    {"on": [{"sae": SAE, "feature": 1, "above": 1, "action": "cry"}]},
+    {"on": [{"sae": SAE, "feature": 768, "above": 1, "action": "stop"}]},
 ]
 
 
@@ -196,7 +202,12 @@ ROUTES = """
 /start_weight_update /start_draft_weight_update /update_weights /finish_weight_update /update_weight_version
 /v1/chat/completions/ /v1/completions/ //v1/completions /v1 /
 """
-MINE = ("/v1/chat/completions", "/v1/completions", "/v1/steering/profiles/{name}")
+MINE = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/steering/activations",
+    "/v1/steering/profiles/{name}",
+)
 XARGS = ("steering", "sae_steer_program", "sae_steer_slot", "sae_steer_ticket")
 MESSAGES = [{"role": "user", "content": "a"}]
 ANSWERED: dict[str, Json] = {
