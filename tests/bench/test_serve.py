@@ -48,7 +48,8 @@ def test_a_whole_run_of_a_running_server(served: Served, tmp_path: Path) -> None
     for case in result.cases:
         assert set(case.loads) == ({load.name for load in result.plan.loads} if case.status == "measured" else set())
     measured = [key for key, case in by_key.items() if case.status == "measured"]
-    assert measured == ["plain", "idle", "one", "half", "features_1", "layers_1", "prompt", "completion"]
+    steered = ["one", "half", "features_1", "layers_1", "prompt", "completion"]
+    assert measured == ["plain", "idle", *steered, "readings_named"]
     # What this small server cannot do, in its own words.
     assert by_key["features_64"].status == "refused"
     assert "HTTP 400" in str(by_key["features_64"].reason)

@@ -213,7 +213,7 @@ CALIBRATED = (
     single(
         "app behind a gate, on the completion",
         "no gate",
-        by_calibration("app", strength=6.0, positions="completion", when=_GATE | {"below": 4.0}),
+        by_calibration("app", strength=6.0, positions="completion", when=_GATE | {"above": 4.0}),
         prompt="long",
     ),
     single(
