@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sae_steer_kernels import EditBuffers
 
-Gathers = Mapping[tuple[int, int], int]
-"""By bucket and number of the site, how many of the first rows of a slot are read by any request."""
+Gathers = Mapping[tuple[int, int], Tensor]
+"""By bucket and number of the site, which rows of a slot are read by any request ``[R]`` int64, on the device."""
 
 
 @dataclass(slots=True)
@@ -52,4 +52,5 @@ class DeviceReads:
         for (bucket, number), rows in self.gathers.items():
             if number == site:
                 own = reports[bucket]
-                self.found[bucket, site] = own.before[self.tokens, :rows], own.after[self.tokens, :rows]
+                here = self.tokens[:, None], rows
+                self.found[bucket, site] = own.before[here], own.after[here]

@@ -144,14 +144,14 @@ class DeviceStep:
             # A token that is computed again, after a preemption, counts once.
             self._rows[number][:count] = row * (holds & (positions > run.seen[row]))
             bits = held if bits is None else bits | held
-            if gathers:
+            if gathers is not None:
                 read = ((held & run.reads[row]) != 0) & (positions > run.seen[row])
                 wanted = read if wanted is None else wanted | read
             if self.groups:
                 self.groups[number].fill(self.slots[number][:count], self._by_token[number].shape[0])
         assert bits is not None  # there is a bucket in use
         self.bits[:count] = bits
-        if gathers and wanted is not None:
+        if gathers is not None and wanted is not None:
             self.reads = DeviceReads.of(gathers, wanted, request, positions, tokens, bits)
 
     def reports(self, site: int, rows: int) -> tuple[EditBuffers, ...]:

@@ -59,6 +59,19 @@ class Selector:
                     held |= (positions >= start) & (positions < end)
                 return held
 
+    def count(self, tokens: int, prompt_length: int) -> int:
+        """On how many of a request's first ``tokens`` positions the selector's positions hold."""
+        prompt = min(max(prompt_length - 1, 0), tokens)
+        match self.phase:
+            case Phase.ALL:
+                return tokens
+            case Phase.PROMPT:
+                return prompt
+            case Phase.COMPLETION:
+                return tokens - prompt
+            case Phase.RANGES:
+                return sum(max(min(end, tokens) - start, 0) for start, end in self.ranges)
+
     def holds(self, positions: NDArray[np.int64], tokens: NDArray[np.int64], prompt_length: int) -> NDArray[np.bool_]:
         """Whether an edit holds on each token, its feature gate aside.
 

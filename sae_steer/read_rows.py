@@ -1,5 +1,6 @@
 """The numbers of a token that is read: one row of them, made from what a step reported at every site."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,8 +81,25 @@ def whole_reads(program: Program) -> dict[tuple[Site, str], tuple[int, int]]:
     return found
 
 
+def needed_rows(program: Program) -> dict[Site, list[int]]:
+    """At each site, the rows whose activations a program's readings and triggers are made from, rising."""
+    found: dict[Site, set[int]] = {part.site: set() for part in program.sites}
+    for reading in program.readings:
+        found[reading.site].update(reading.rows)
+        if reading.top_k and reading.after:
+            found[reading.site].update(edited_rows(program, reading.site, reading.source))
+    for trigger in program.triggers:
+        found[trigger.site].add(trigger.row)
+    return {site: sorted(rows) for site, rows in found.items() if rows}
+
+
 def read_rows(
-    program: Program, count: int, before: dict[Site, Floats], after: dict[Site, Floats], tops: Tops
+    program: Program,
+    count: int,
+    before: dict[Site, Floats],
+    after: dict[Site, Floats],
+    tops: Tops,
+    places: Mapping[Site, Sequence[int]] | None = None,
 ) -> Floats:
     """The rows that :meth:`Reader.take` wants, from what a step reported.
 
@@ -91,26 +109,34 @@ def read_rows(
         before: By site ``[n, K]``, activations f.
         after: By site ``[n, K]``, activations f'.
         tops: The largest features.
+        places: By site, which row of the program each column of ``before`` and ``after`` is; None = they are all.
 
     Returns:
         ``[n, W]``.
     """
     columns, triggers, width = layout(program)
     found = np.zeros((count, width))
+    where = {site: {row: column for column, row in enumerate(rows)} for site, rows in (places or {}).items()}
+
+    def at(site: Site, rows: Sequence[int]) -> list[int]:
+        return [where[site][row] for row in rows] if places is not None else list(rows)
+
     for reading, own in zip(program.readings, columns, strict=True):
         if reading.rows:
-            found[:, own.values] = (after if reading.after else before)[reading.site][:, list(reading.rows)]
+            found[:, own.values] = (after if reading.after else before)[reading.site][:, at(reading.site, reading.rows)]
         if reading.top_k:
             ids, top = tops[reading.site, reading.source]
             if reading.after:
                 edited = edited_rows(program, reading.site, reading.source)
                 rows = next(part.rows for part in program.sites if part.site == reading.site)
                 numbers = np.array([rows[i].feature for i in edited], dtype=np.float64)
-                ids, top = merged_top(ids, top, numbers, after[reading.site][:, edited], reading.top_k)
+                ids, top = merged_top(
+                    ids, top, numbers, after[reading.site][:, at(reading.site, edited)], reading.top_k
+                )
             found[:, own.ids], found[:, own.top] = -1, 0
             k = min(reading.top_k, ids.shape[1])
             found[:, own.ids.start : own.ids.start + k] = ids[:, :k]
             found[:, own.top.start : own.top.start + k] = top[:, :k]
     for i, trigger in enumerate(program.triggers):
-        found[:, triggers.start + i] = before[trigger.site][:, trigger.row]
+        found[:, triggers.start + i] = before[trigger.site][:, at(trigger.site, [trigger.row])[0]]
     return found

@@ -28,12 +28,18 @@ def values_of(reading: Reading) -> int:
 
 def reading_values(program: Program, prompt_length: int, new_tokens: int) -> int:
     """Activations that an answer of ``new_tokens`` tokens sends back; the last token is never run through the model."""
-    positions = np.arange(prompt_length + max(new_tokens, 1) - 1, dtype=np.int64)
+    tokens = prompt_length + max(new_tokens, 1) - 1
     return sum(
-        int(program.selectors[reading.selector].by_position(positions, prompt_length).sum()) * values_of(reading)
+        program.selectors[reading.selector].count(tokens, prompt_length) * values_of(reading)
         for reading in program.readings
-        if values_of(reading)
     )
+
+
+def computed_values(program: Program, prompt_length: int, new_tokens: int) -> int:
+    """Numbers that a host keeps for an answer of ``new_tokens`` tokens, those of summaries too."""
+    tokens = prompt_length + max(new_tokens, 1) - 1
+    read = sum(program.selectors[reading.selector].count(tokens, prompt_length) for reading in program.readings)
+    return min(tokens, read) * layout(program)[2]
 
 
 @dataclass(slots=True)
@@ -59,7 +65,7 @@ class _Sums:
         better = largest > self.max
         self.max, self.argmax = np.where(better, largest, self.max), np.where(better, positions[best], self.argmax)
         self.total += values.sum(axis=0)
-        self.last = values[-1]
+        self.last = values[-1].copy()  # a view would keep the whole step's rows
         self.fired += (values > 0).sum(axis=0)
 
     def entries(self, tokens: int) -> list[dict[str, Any]]:
@@ -86,16 +92,28 @@ class _Top:
 
     def add(self, positions: NDArray[np.int64], ids: Floats, values: Floats) -> None:
         """Adds tokens ``[n]`` with their largest features ``[n, k]``."""
-        last = int(positions[-1])
-        for place, column in zip(*np.nonzero(ids >= 0), strict=True):
-            feature, value = int(ids[place, column]), float(values[place, column])
+        places, columns = np.nonzero(ids >= 0)
+        if not len(places):
+            return
+        features, inverse = np.unique(ids[places, columns].astype(np.int64), return_inverse=True)
+        found = values[places, columns]
+        order = np.lexsort((places, -found, inverse))
+        best = order[
+            np.unique(inverse[order], return_index=True)[1]
+        ]  # of each feature the largest, the first of equals
+        counts, totals = np.bincount(inverse), np.bincount(inverse, weights=found)
+        ends = np.full(len(features), np.nan)
+        at_end = places == len(positions) - 1
+        ends[inverse[at_end]] = found[at_end]
+        rows = zip(found[best], positions[places[best]], totals, counts, ends, strict=True)
+        for feature, (largest, where, total, count, end) in zip(features.tolist(), rows, strict=True):
             sums = self.found.setdefault(feature, [-np.inf, -1, 0.0, 0, 0.0, -1])
-            if value > sums[0]:
-                sums[0], sums[1] = value, int(positions[place])
-            sums[2] += value
-            sums[3] += 1
-            if int(positions[place]) == last:
-                sums[4], sums[5] = value, last
+            if largest > sums[0]:
+                sums[0], sums[1] = float(largest), int(where)
+            sums[2] += float(total)
+            sums[3] += int(count)
+            if not np.isnan(end):
+                sums[4], sums[5] = float(end), int(positions[-1])
 
     def entries(self, tokens: int, k: int, last: int) -> list[dict[str, Any]]:
         """The k features of the largest maxima, the lower number first among equals."""
@@ -118,7 +136,13 @@ class _Read:
     """One reading while its request runs."""
 
     def __init__(self, reading: Reading, selector: Selector, rows: Sequence[Row], columns: Columns) -> None:
-        self.reading, self.selector, self.columns = reading, selector, columns
+        self.reading, self.selector = reading, selector
+        # Only its own columns are kept: a narrow reading must not hold the rows of wide ones.
+        first = columns.values.start
+        self.own = slice(first, columns.top.stop)
+        self.columns = Columns(
+            *(slice(part.start - first, part.stop - first) for part in (columns.values, columns.ids, columns.top))
+        )
         self.features = [rows[i].feature for i in reading.rows]
         self.tokens, self.last = 0, -1
         self.sums = _Sums(np.array(self.features, dtype=np.int64))
@@ -128,12 +152,13 @@ class _Read:
     def add(self, positions: NDArray[np.int64], tokens: NDArray[np.int64], rows: Floats) -> None:
         self.tokens += len(positions)
         self.last = int(positions[-1])
+        rows = rows[:, self.own]
         if self.features:
             self.sums.add(positions, rows[:, self.columns.values])
         if self.reading.top_k:
             self.top.add(positions, rows[:, self.columns.ids], rows[:, self.columns.top])
         if self.reading.per_token:
-            self.pending.append((positions, tokens, rows))
+            self.pending.append((positions, tokens, rows.copy()))
 
     def head(self, name_of: NameOf) -> dict[str, Any]:
         reading = self.reading
@@ -205,7 +230,9 @@ class Reader:
         self._fired = [_Fired() for _ in program.triggers]
         self.seen = -1
         self.told = 0
-        """Activations of single tokens that were taken so far."""
+        """Activations of single tokens that were taken so far, and are told."""
+        self.computed = 0
+        """Numbers that were taken so far."""
         self.stop: int | None = None
         """The first position where a trigger fired that ends the answer."""
         self.failure: RunFailed | None = None
@@ -223,6 +250,7 @@ class Reader:
             return
         positions, tokens, rows = positions[new], tokens[new], rows[new]
         self.seen = int(positions[-1])
+        self.computed += rows.size
         if not np.isfinite(rows).all():
             self.failure = NonFinite(NOT_FINITE)
             return

@@ -28,6 +28,8 @@ class TokenTexts:
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int], *, skip_special_tokens: bool) -> str:
     """The text of some tokens, spaces as they are."""
-    text = tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+    # Mistral's own tokenizers, which vLLM uses, know no clean-up, and do none.
+    more = {"clean_up_tokenization_spaces": False} if isinstance(tokenizer, PreTrainedTokenizerBase) else {}
+    text = tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens, **more)
     assert isinstance(text, str)  # a list only for a list of lists
     return text

@@ -81,7 +81,8 @@ def _reads_fault(program: Program, catalog: Catalog) -> str | None:
     """What is wrong with what a program reads."""
     rows = {part.site: part.rows for part in program.sites}
     entries = {(entry.site, entry.sae.fingerprint): entry for entry in catalog.saes.values()}
-    wholes = {key for key, entry in entries.items() if entry.whole}
+    # One file may be in the catalog twice, and held whole once.
+    wholes = {(entry.site, entry.sae.fingerprint) for entry in catalog.saes.values() if entry.whole}
     named = sum(len(reading.rows) for reading in program.readings)
     if len(program.readings) > MAX_READINGS or len(program.triggers) > MAX_TRIGGERS or named > MAX_READ_FEATURES:
         return "it reads more than a request may"

@@ -353,11 +353,14 @@ def _follow(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -
         # vLLM still takes requests of the engine's own form, which its front end does not look into.
         error = RequestError("steering: this request did not come through vLLM's front end.", param="steering")
         raise Refused(error)
-    original(self, request, *args, **kwargs)
+    follow = None
     if extra and PROGRAM in extra:
         frontend: Frontend = getattr(self, MINE)
-        state = self.request_states[request.request_id]
+        # Before vLLM knows of the request: what is raised here leaves nothing behind.
         follow = frontend.follow(extra[PROGRAM], extra.get(TICKET), len(request.prompt_token_ids), self.tokenizer)
+    original(self, request, *args, **kwargs)
+    if follow is not None:
+        state = self.request_states[request.request_id]
         setattr(state, MINE, follow)
         follow.register(state.external_req_id, state.request_index)
 
@@ -368,13 +371,20 @@ def _engine_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _process_outputs(original: Any, self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    failed: list[str] = []
     for output in engine_core_outputs:
         if output.kv_transfer_params:
             mine, output.kv_transfer_params = take(output.kv_transfer_params)
             follow = getattr(self.request_states.get(output.request_id), MINE, None)
             if mine and follow is not None:
                 follow.take(mine)
-    return original(self, engine_core_outputs, *args, **kwargs)
+                if follow.failure is not None and output.finish_reason is None:
+                    # The engine does not know of it, as of a stop string that the detokenizer found.
+                    output.finish_reason = FinishReason.ERROR
+                    failed.append(output.request_id)
+    result = original(self, engine_core_outputs, *args, **kwargs)
+    result.reqs_to_abort.extend(failed)
+    return result
 
 
 def _completion_output(original: Any, self: Any, token_ids: Any, finish_reason: Any, *args: Any, **kwargs: Any) -> Any:

@@ -109,7 +109,7 @@ class Follow:
         """Takes over what came with an output."""
         if SUMS in payload:
             self.sums = Sums(self.program, np.frombuffer(payload[SUMS], dtype=np.float64))
-            self.failure = self.sums.failure
+            self.failure = self.failure or self.sums.failure
         if ERROR in payload:
             self.failure = WorkerFailed(*payload[ERROR])
         if READS in payload and self.reader is not None and self.failure is None:
@@ -117,10 +117,10 @@ class Follow:
 
     def _read(self, reader: Reader, values: NDArray[np.float64]) -> None:
         rows = values.reshape(-1, 2 + reader.width)
-        before = reader.told
+        before, computed = reader.told, reader.computed
         reader.take(rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64), rows[:, 2:])
         try:
-            self.budget.take(reader.told - before)
+            self.budget.take(reader.told - before, reader.computed - computed)
             block_metrics().values(reader.told - before)
         except ReadingsExceeded as error:
             self.failure, self.reader = error, None

@@ -12,7 +12,7 @@ from torch import Tensor
 from sae_steer.device_reads import DeviceReads, Gathers
 from sae_steer.edit_layer import EditLayer
 from sae_steer.program import Program
-from sae_steer.read_rows import Floats, Tops, layout, read_rows, whole_reads
+from sae_steer.read_rows import Floats, Tops, layout, needed_rows, read_rows, whole_reads
 from sae_steer.readout import Readout
 from sae_steer.sites import Site
 
@@ -60,7 +60,8 @@ class ReadPlan:
 
     Args:
         runs: The requests.
-        gathers: Rows of each bucket and site.
+        gathers: Rows that are read, of each bucket and site.
+        places: The same, for each site of one bucket.
         columns: By bucket and site, the first column of f; that of f' is as many further as there are rows.
         largest: By site and SAE.
         width: ``C``.
@@ -68,6 +69,7 @@ class ReadPlan:
 
     runs: list[ReadRun]
     gathers: Gathers
+    places: Mapping[int, Mapping[Site, Sequence[int]]]
     columns: Mapping[tuple[int, int], int]
     largest: Mapping[tuple[Site, str], _Largest]
     width: int
@@ -85,24 +87,26 @@ class ReadPlan:
         """The plan of a batch of so many ``requests``; None where nobody reads. ``features`` are ``F`` of each SAE."""
         if not runs:
             return None
-        gathers: dict[tuple[int, int], int] = {}
+        wanted: dict[tuple[int, int], set[int]] = {}
         masks: dict[tuple[Site, str], tuple[int, NDArray[np.int32]]] = {}
         for run in runs:
-            for part in run.program.sites:
-                place = run.bucket, sites.index(part.site)
-                gathers[place] = max(gathers.get(place, 0), len(part.rows))
+            for site, own_rows in needed_rows(run.program).items():
+                wanted.setdefault((run.bucket, sites.index(site)), set()).update(own_rows)
             for key, (k, mask) in whole_reads(run.program).items():
                 most, own = masks.setdefault(key, (0, np.zeros(requests, np.int32)))
                 own[run.number] = mask
                 masks[key] = max(most, min(k, features[key[1]])), own
         columns: dict[tuple[int, int], int] = {}
+        places: dict[int, dict[Site, list[int]]] = {run.bucket: {} for run in runs}
         width = 0
-        for place, rows in gathers.items():
-            columns[place], width = width, width + 2 * rows
+        for (bucket, site_number), rows in wanted.items():
+            places[bucket][sites[site_number]] = sorted(rows)
+            columns[bucket, site_number], width = width, width + 2 * len(rows)
+        gathers = {place: torch.tensor(sorted(rows), device=device) for place, rows in wanted.items()}
         largest: dict[tuple[Site, str], _Largest] = {}
         for key, (k, own) in masks.items():
             largest[key], width = _Largest(width, k, torch.from_numpy(own).to(device)), width + 2 * k
-        return cls(runs, gathers, columns, largest, width, sites)
+        return cls(runs, gathers, places, columns, largest, width, sites)
 
 
 @dataclass(slots=True)
@@ -172,17 +176,17 @@ class StepReads:
     def _rows(self, run: ReadRun, values: Floats) -> Floats:
         before: dict[Site, Floats] = {}
         after: dict[Site, Floats] = {}
-        for part in run.program.sites:
-            place = run.bucket, self.plan.sites.index(part.site)
-            first, rows = self.plan.columns[place], self.plan.gathers[place]
-            before[part.site] = values[:, first : first + rows]
-            after[part.site] = values[:, first + rows : first + 2 * rows]
+        places = self.plan.places[run.bucket]
+        for site, read in places.items():
+            first, rows = self.plan.columns[run.bucket, self.plan.sites.index(site)], len(read)
+            before[site] = values[:, first : first + rows]
+            after[site] = values[:, first + rows : first + 2 * rows]
         tops: Tops = {}
         for key in whole_reads(run.program):
             largest = self.plan.largest[key]
             first, k = largest.first, largest.k
             tops[key] = values[:, first : first + k] - 1, values[:, first + k : first + 2 * k]
-        return read_rows(run.program, len(values), before, after, tops)
+        return read_rows(run.program, len(values), before, after, tops, places)
 
 
 def _stops(run: ReadRun, positions: NDArray[np.int64], rows: Floats) -> bool:

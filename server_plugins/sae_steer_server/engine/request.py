@@ -48,6 +48,7 @@ class Chunk:
         steering: Of a steered request, steering's block, as far as it is new: in the last chunk what was done and what
             was read in all, in those before it what was read of single tokens; None = nothing.
         values: How many activations of single tokens there were so far.
+        computed: How many numbers were kept for them and for summaries so far.
     """
 
     text: str
@@ -56,6 +57,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     steering: dict[str, Any] | None = None
     values: int = 0
+    computed: int = 0
 
 
 class Reports(Protocol):
@@ -138,11 +140,12 @@ class Request:
             stopped = ended or fired or self._stop.found
             reason: FinishReason | None = "stop" if stopped else "length" if last else None
             self.over = reason is not None
-            self._post(Chunk(text, 1, self._logprob(token), reason, self._steering(reports), self._values()))
+            self._post(Chunk(text, 1, self._logprob(token), reason, self._steering(reports), *self._read()))
 
-    def _values(self) -> int:
-        """Activations of single tokens that were read in all."""
-        return self.run.reader.told if self.run is not None and self.run.reader is not None else 0
+    def _read(self) -> tuple[int, int]:
+        """Activations of single tokens that were read in all, and numbers that were kept for what was read."""
+        reader = self.run.reader if self.run is not None else None
+        return (reader.told, reader.computed) if reader is not None else (0, 0)
 
     def _fired(self) -> bool:
         """Whether a trigger has ended the answer with the token that was sampled last."""

@@ -113,16 +113,17 @@ async def generate(state: ServerState, job: Job, record: Record) -> AsyncGenerat
         ]
         finished: set[int] = set()
         completion = 0
-        budget, told = ReadingBudget(state.steering.limits), [0] * job.choices
+        budget, told = ReadingBudget(state.steering.limits), [(0, 0)] * job.choices
         async with aclosing(_merge(sources)) as chunks:
             async for index, chunk in chunks:
                 if chunk.tokens and not completion:
                     state.metrics.first_token(record.seconds)
                 completion += chunk.tokens
-                if chunk.values > told[index]:
-                    budget.take(chunk.values - told[index])
-                    state.metrics.blocks.values(chunk.values - told[index])
-                    told[index] = chunk.values
+                values, computed = chunk.values - told[index][0], chunk.computed - told[index][1]
+                if computed:
+                    budget.take(values, computed)
+                    state.metrics.blocks.values(values)
+                    told[index] = chunk.values, chunk.computed
                 if chunk.finish_reason is not None:
                     finished.add(index)
                     if chunk.steering is not None:

@@ -43,6 +43,7 @@ async def chat_completions(request: Request) -> Response:
     asked, param = body.max_completion_tokens, "max_completion_tokens"
     if asked is None:
         asked, param = body.max_tokens, "max_tokens"
+    max_tokens = token_budget(state, prompts, asked, param=param)
     check_reading_size(program, state.steering.limits, map(len, prompts), asked, choices=body.n or 1)
     job = Job(
         model=body.model,
@@ -51,7 +52,7 @@ async def chat_completions(request: Request) -> Response:
         n=body.n or 1,
         sampling=_sampling(
             body,
-            max_tokens=token_budget(state, prompts, asked, param=param),
+            max_tokens=max_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         ),
         include_usage=_include_usage(body),
@@ -71,15 +72,14 @@ async def completions(request: Request) -> Response:
     program = await compile_aside(state.steering, body.steering, body.model)
     prompts = await completion_prompts(state, body)
     asked = body.max_tokens if body.max_tokens is not None else _COMPLETION_TOKENS
+    max_tokens = token_budget(state, prompts, asked, param="max_tokens")
     check_reading_size(program, state.steering.limits, map(len, prompts), asked, choices=body.n or 1)
     job = Job(
         model=body.model,
         program=program,
         prompts=prompts,
         n=body.n or 1,
-        sampling=_sampling(
-            body, max_tokens=token_budget(state, prompts, asked, param="max_tokens"), logprobs=body.logprobs
-        ),
+        sampling=_sampling(body, max_tokens=max_tokens, logprobs=body.logprobs),
         include_usage=_include_usage(body),
     )
     form = CompletionForm(logprobs=body.logprobs is not None)
