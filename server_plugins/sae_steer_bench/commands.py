@@ -20,8 +20,12 @@ _PLUGINS = "VLLM_PLUGINS"
 _OURS = "sae_steer"
 _DEMO = "demo"
 _KEYS = frozenset({"--api-key", "--admin-key"})
-_ATTACHED = ("--sae", "--whole", "--topk-threshold", "--convert-cache", "--vector", "--site", "--profiles")
+_ATTACHED = (
+    "--sae", "--whole", "--topk-threshold", "--labels", "--convert-cache", "--vector", "--site", "--profiles",
+)  # fmt: skip
 """Options of ``sae-steer serve`` that attach something: without them the model has no hook."""
+_SHARE = "--gpu-memory-utilization"
+_HALF = 0.5
 DEMO_COMMAND = "sae-steer serve demo --max-programs 64 --max-running 64 --max-concurrent 128 --log-level error"
 """What is measured where nothing is named."""
 
@@ -83,6 +87,28 @@ class Command:
         elif profile is not None:
             words += ["--profile-dir", str(profile)]
         return words, environment
+
+    def require_room_for_two(self, gpus: Sequence[str]) -> None:
+        """Raises :class:`BenchError` where both servers would take more of a GPU's memory than there is of it.
+
+        A vLLM takes the share that it is given of each of its GPUs, most of it where it is given none.
+        """
+        if self.host != "vllm" or not gpus:
+            return
+        # vLLM takes underscores for hyphens there.
+        words = [re.sub(r"^--gpu_memory_utilization\b", _SHARE, word) for word in self.argv]
+        shares = _without(words, _SHARE)[1]
+        try:
+            fits = bool(shares) and float(shares[-1]) <= _HALF
+        except ValueError:
+            fits = False
+        if not fits:
+            named = f"{_SHARE} {shares[-1]}" if shares else f"no {_SHARE}"
+            raise BenchError(
+                "--launch: two servers run at once, with the plugin and without, and do not both fit on "
+                f"{gpus[0]}: the command names {named}. Add {_SHARE} 0.45 to it, or start the server without the "
+                "plugin elsewhere and name it with --plain-url."
+            )
 
     def without_plugin(self, port: int) -> tuple[list[str], dict[str, str]]:
         """Words and environment of the same server without the plugin: on the embedded one, with nothing attached."""

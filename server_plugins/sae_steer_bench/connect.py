@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sae_steer_bench import load_vllm
+from sae_steer_bench.cases import Cases
 from sae_steer_bench.commands import DEMO_COMMAND, Command
 from sae_steer_bench.errors import BenchError
 from sae_steer_bench.launch import Launched, free_port
 from sae_steer_bench.load import Address, Generator
 from sae_steer_bench.load_openai import OpenAILoad
 from sae_steer_bench.load_vllm import VllmLoad
+from sae_steer_bench.machine import gpus
 from sae_steer_bench.options import Options
 from sae_steer_bench.records import Launch, ServerFacts
 from sae_steer_bench.target import facts_of, model_of
@@ -106,6 +108,8 @@ def _launch(
 ) -> list[Launched]:
     """The server under test, and where it is wanted the one without the plugin; one after the other."""
     command = Command.parse(launch.command)
+    if launch.plain:
+        command.require_room_for_two(gpus())
     traces = (options.folder / "profile").resolve() if options.profile else None
     keys = {"SAE_STEER_ADMIN_KEY": admin_key}
     if options.api_key:
@@ -125,17 +129,16 @@ def _launch(
     return servers
 
 
-def generator(servers: Servers, name: str | None, tokenizer: str | None) -> Generator:
-    """Who sends requests.
+def generator(servers: Servers, options: Options, say: Callable[[str], None]) -> Generator:
+    """Who sends requests: whom the options name, or for vLLM ``vllm`` where that is installed here, else ``openai``.
 
-    Args:
-        servers: To whom.
-        name: ``openai`` or ``vllm``; None = the second for vLLM where it is installed here.
-        tokenizer: For ``vllm``; None = the model's own, as the server names it.
+    Nobody who lets a server be launched has made a folder for profiles for this: where it stores none, ``openai``
+    sends requests to it, unless ``vllm`` was named.
 
     Raises:
         BenchError: It cannot.
     """
+    name = options.generator
     if name is None:
         name = "vllm" if servers.facts.host == "vllm" and load_vllm.command() is not None else "openai"
     if name == "openai":
@@ -144,7 +147,15 @@ def generator(servers: Servers, name: str | None, tokenizer: str | None) -> Gene
         raise BenchError(
             "vllm bench serve sends fields that only vLLM knows, and this server refuses them. Use --generator openai."
         )
-    return VllmLoad(tokenizer or _tokenizer(servers), servers.api_key, servers.admin_key, servers.timeout)
+    tokenizer = options.tokenizer or _tokenizer(servers)
+    sender = VllmLoad(tokenizer, servers.api_key, servers.admin_key, servers.timeout)
+    if options.generator is None and servers.launched:
+        program = Cases(servers.facts, options.concurrency, options.value).program()
+        obstacle = sender.obstacle(servers.steered, (None, program))
+        if obstacle is not None:
+            say(f"the openai client sends the requests: {obstacle}")
+            return OpenAILoad(servers.api_key, servers.timeout)
+    return sender
 
 
 def _tokenizer(servers: Servers) -> str:

@@ -13,3 +13,9 @@ class LoadFailed(SteerError):
     """Requests under load were not answered: the rounds before it stay valid."""
 
     code = "load_failed"
+
+
+def words_of(error: OSError) -> str:
+    """What the system says, and of which file."""
+    said = error.strerror or str(error) or type(error).__name__
+    return said if error.filename is None else f"{said} ({error.filename})"

@@ -57,8 +57,8 @@ class Work:
 class Generator(AbstractContextManager["Generator"], Protocol):
     """Sends requests."""
 
-    def obstacle(self, bodies: Sequence[dict[str, Any] | None]) -> str | None:
-        """Why it cannot send requests with these bodies; None = it can."""
+    def obstacle(self, address: Address, bodies: Sequence[dict[str, Any] | None]) -> str | None:
+        """Why it cannot send requests with these bodies to a server; None = it can."""
         ...
 
     def run(self, address: Address, work: Work, load: LoadPlan) -> Batch:

@@ -39,7 +39,7 @@ class OpenAILoad:
             self._runner.run(client.close())
         self._runner.close()
 
-    def obstacle(self, bodies: Sequence[dict[str, Any] | None]) -> str | None:
+    def obstacle(self, address: Address, bodies: Sequence[dict[str, Any] | None]) -> str | None:
         """None: each request has a body of its own."""
         return None
 

@@ -25,8 +25,10 @@ from sae_steer_bench.load import Address, Work
 from sae_steer_bench.records import LoadPlan
 from sae_steer_bench.samples import Batch, Sample
 from sae_steer_http import ADMIN_HEADER
+from sae_steer_http.client import message_of
 
 _SHOWN = 2000  # characters of what a failed process printed
+_AS_PROFILES = "vllm bench serve takes requests that differ as names of models, here profiles"
 
 
 def command() -> str | None:
@@ -71,13 +73,17 @@ class VllmLoad:
                     except httpx.HTTPError:  # the server is gone, and nothing can be left on it
                         break
 
-    def obstacle(self, bodies: Sequence[Mapping[str, Any] | None]) -> str | None:
-        """Requests that differ need an admin key."""
-        if len(bodies) > 1 and self._admin_key is None:
-            return (
-                "vllm bench serve takes requests that differ as names of models, here profiles, and storing those "
-                "takes --admin-key; or use --generator openai"
-            )
+    def obstacle(self, address: Address, bodies: Sequence[Mapping[str, Any] | None]) -> str | None:
+        """Requests that differ need an admin key, and a server that stores profiles: they are stored to find out."""
+        if len(bodies) == 1:
+            return None
+        if self._admin_key is None:
+            return f"{_AS_PROFILES}, and storing those takes --admin-key; or use --generator openai"
+        try:
+            for body in bodies:
+                self._name(address, body)
+        except LoadFailed as error:
+            return f"{_AS_PROFILES}, and {error.message} Or use --generator openai."
         return None
 
     def run(self, address: Address, work: Work, load: LoadPlan) -> Batch:
@@ -127,10 +133,15 @@ class VllmLoad:
         stored = self._stored.setdefault(address.url, set())
         if name not in stored:
             profile = {"name": name, "description": "of sae-steer bench", "interventions": body["interventions"]}
-            with self._admin(address.url) as client:
-                reply = client.put(f"/v1/steering/profiles/{name}", json=profile)
+            try:
+                with self._admin(address.url) as client:
+                    reply = client.put(f"/v1/steering/profiles/{name}", json=profile)
+            except httpx.HTTPError as error:
+                reason = str(error) or type(error).__name__
+                raise LoadFailed(f"{address.url} does not answer where profiles are stored: {reason}.") from error
             if not reply.is_success:
-                raise LoadFailed(f"{address.url} does not store a profile (HTTP {reply.status_code}): {reply.text}")
+                said = f"HTTP {reply.status_code}: {message_of(reply)}"
+                raise LoadFailed(f"{address.url} does not store them ({said}).")
             stored.add(name)
         return f"{address.model}:{name}"
 

@@ -27,7 +27,7 @@ def machine() -> Machine:
         cpu=cpu_name(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_gb=_memory(),
-        gpus=_gpus(),
+        gpus=gpus(),
         system=platform.platform(terse=True),
     )
 
@@ -50,8 +50,8 @@ def _memory() -> float | None:
         return None
 
 
-def _gpus() -> list[str]:
-    """By NVIDIA's own tool: torch would take memory on each of them to say so."""
+def gpus() -> list[str]:
+    """The GPUs of this machine, by NVIDIA's own tool: torch would take memory on each of them to say so."""
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]

@@ -73,6 +73,21 @@ def make_plan(options: Options, source: Source, servers: Servers, generator: Gen
     return plan, measured
 
 
+def require_same_place(plan: Plan) -> None:
+    """Raises :class:`BenchError` where a resumed plan was begun on another machine, or with other packages.
+
+    Rounds of both would be one median, and say nothing of either.
+    """
+    then, today = plan.machine.model_dump(), machine().model_dump()
+    for before, after, what in ((then, today, "machine"), (plan.versions, versions(), "versions")):
+        for name in before | after:
+            if before.get(name) != after.get(name):
+                raise BenchError(
+                    f"The run was begun with another {name} ({what}): it was {before.get(name)}, and is "
+                    f"{after.get(name)}. Begin a new run."
+                )
+
+
 def cases_again(plan: Plan, servers: Servers) -> list[Case]:
     """The measured cases of a plan that is resumed; raises :class:`BenchError` where the server is another one."""
     now_there = servers.facts
@@ -124,7 +139,9 @@ def _refused(options: Options, servers: Servers, generator: Generator, cases: Se
     with servers.client() as client:
         for case in cases:
             if case.obstacle is None and not case.plain:
-                said = generator.obstacle(case.bodies) or refusal(client, servers.facts.model, case, prompt)
+                # Of two reasons the server's own comes first: a program that it refuses is no profile either.
+                said = refusal(client, servers.facts.model, case, prompt)
+                said = said or generator.obstacle(servers.steered, case.bodies)
                 if said is not None:
                     found[case.key] = said
     return found

@@ -1,12 +1,13 @@
 """A whole measurement, from the start of its servers to their end."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 from sae_steer_bench.connect import Servers, Source, connect, generator
 from sae_steer_bench.errors import LoadFailed
 from sae_steer_bench.journal import Journal
 from sae_steer_bench.options import Options, Watch
-from sae_steer_bench.planning import cases_again, make_plan
+from sae_steer_bench.planning import cases_again, make_plan, require_same_place
 from sae_steer_bench.profiling import trace
 from sae_steer_bench.records import Measurement, Plan
 from sae_steer_bench.rounds import Bench
@@ -42,8 +43,8 @@ class Run:
             old = self._begun(journal, resume=resume)
             source = Source(old.url, old.launch, old.plain_url) if old is not None else Source.of(options)
             servers = connect(stack, options, source, old.server.model if old else options.model, self.watch.say)
-            who, tokenizer = (old.generator, old.tokenizer) if old else (options.generator, options.tokenizer)
-            sender = stack.enter_context(generator(servers, who, tokenizer))
+            wanted = replace(options, generator=old.generator, tokenizer=old.tokenizer) if old else options
+            sender = stack.enter_context(generator(servers, wanted, self.watch.say))
             try:
                 if old is not None:
                     self.plan, cases = old, cases_again(old, servers)
@@ -64,6 +65,7 @@ class Run:
             journal.require_new()
             return None
         plan, self.done = journal.resume()
+        require_same_place(plan)
         return plan
 
     def _measure(self, bench: Bench) -> None:

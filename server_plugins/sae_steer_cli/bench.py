@@ -27,9 +27,9 @@ The embedded server, which is started for it, with and without its SAE, in under
 
     sae-steer bench serve --quick
 
-A vLLM server, started twice: with the plugin, and without it:
+A vLLM server, started twice: with the plugin, and without it. On a GPU each may take half of it, which is to be said:
 
-    sae-steer bench serve --launch "vllm serve MODEL --additional-config '...'"
+    sae-steer bench serve --launch "vllm serve MODEL --gpu-memory-utilization 0.45 --additional-config '...'"
 
 A server that runs already; what it costs is compared with requests that it does not steer:
 
@@ -42,9 +42,11 @@ A run that was stopped goes on where it was:
 Each round measures every case once, in a new order; shown are medians of the ratios within a round, with 95 %
 intervals. What the server refuses is reported with its own words. The load is a closed loop of `--concurrency`
 requests, and with `--rate` also requests that arrive at that rate. Where vLLM is installed and serves, `vllm bench
-serve` sends them; elsewhere the `openai` client does, by the same definitions.
+serve` sends them, unless the launched server stores no profiles, which that needs; elsewhere the `openai` client does,
+by the same definitions.
 
-**Status**: 0 = measured, 1 = the server stopped answering (complete rounds are kept), 2 = it could not be begun.
+**Status**: 0 = measured, 1 = the server stopped answering (complete rounds are kept), 2 = it could not be begun, or its
+report not be written.
 """
 REPORT_HELP = """
 Write the report of a run again, from what it measured; also of one that was killed.
@@ -191,6 +193,7 @@ def _measure(options: "Options", *, resume: bool) -> None:
     with imports_of("bench"):
         from rich.console import Console
 
+        from sae_steer_bench.errors import words_of
         from sae_steer_bench.options import Watch
         from sae_steer_bench.report import write
         from sae_steer_bench.result import result_of
@@ -202,10 +205,14 @@ def _measure(options: "Options", *, resume: bool) -> None:
         run = Run(options, Watch(display.say, display.step, display.plan, display.rounds))
         try:
             run.measure(resume=resume)
-        except (SteerError, KeyboardInterrupt) as error:
-            stopped = error.message if isinstance(error, SteerError) else "interrupted."
+        except KeyboardInterrupt:
             if run.plan is None:
                 raise
+            stopped = "interrupted."
+        except (SteerError, OSError) as error:  # the second: there is no room for what is written, or no leave
+            stopped = error.message if isinstance(error, SteerError) else f"{words_of(error)}."
+            if run.plan is None:
+                raise StartError(stopped) from error
     if run.plan is not None and run.done:
         result = result_of(run.plan, run.done, stopped=stopped)
         page = write(result, options.folder)
@@ -227,6 +234,8 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folde
             from sae_steer_bench.report import load, write
             from sae_steer_bench.table import tables
         result = load(folder)
+        if not folder.is_dir():
+            raise StartError(f"{folder} is a file: a report is written into the folder of a run. Name that.")
         page = write(result, folder)
         Console(width=None if sys.stdout.isatty() else 200).print(tables(result))
         typer.echo(f"The report: {page}", err=True)

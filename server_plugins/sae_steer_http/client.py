@@ -74,7 +74,7 @@ class Server:
     def status(self, path: str, body: Mapping[str, Any]) -> tuple[int, str]:
         """Status of the answer to a body, and what it says where it is an error; raises :class:`Unreachable`."""
         reply = self._send("POST", path, json=body)
-        return reply.status_code, "" if reply.is_success else _message(reply)
+        return reply.status_code, "" if reply.is_success else message_of(reply)
 
     def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The events of a stream; raises the same, and :class:`BadAnswer` where it breaks off."""
@@ -82,7 +82,7 @@ class Server:
             with self._http.stream("POST", path, json={**body, "stream": True}) as reply:
                 if not reply.is_success:
                     reply.read()
-                    raise Refused(reply.status_code, _message(reply))
+                    raise Refused(reply.status_code, message_of(reply))
                 for line in reply.iter_lines():
                     if not line.startswith("data: "):
                         continue
@@ -127,7 +127,7 @@ class Server:
 
 def _json(reply: httpx.Response) -> Any:
     if not reply.is_success:
-        raise Refused(reply.status_code, _message(reply))
+        raise Refused(reply.status_code, message_of(reply))
     return _parse(reply.text)
 
 
@@ -141,7 +141,7 @@ def _parse(text: str) -> Any:
     return value
 
 
-def _message(reply: httpx.Response) -> str:
+def message_of(reply: httpx.Response) -> str:
     """What an error says, in OpenAI's form or any other."""
     try:
         value = json.loads(reply.text)

@@ -1,16 +1,22 @@
 """The commands of ``--launch``, with the plugin and without it."""
 
 import json
+import os
 import socket
 import sys
 from pathlib import Path
 
 import pytest
+from typer.core import TyperOption
+from typer.main import get_command
 
 from sae_steer import embedded
 from sae_steer_bench.commands import DEMO_COMMAND, Command
 from sae_steer_bench.errors import BenchError
 from sae_steer_bench.launch import Launched, free_port
+from sae_steer_bench.run import Run
+from sae_steer_cli.cli import app
+from tests.bench.conftest import options, silent
 
 
 def test_vllm_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,6 +53,59 @@ def test_the_embedded_server_without_is_the_model_alone() -> None:
     assert words[1:5] == ["serve", str(embedded.MODEL), "--served-model-name", "demo"]
     assert not [word for word in words if word.startswith(("--sae", "--profiles", "--site"))]
     assert words[words.index("--max-running") + 1] == "64"
+
+
+def test_every_option_that_names_an_sae_is_taken_out() -> None:
+    every = [option for option in get_command(app).commands["serve"].params if isinstance(option, TyperOption)]
+    named = {option.opts[0] for option in every if "SAE" in f"{option.metavar} {option.help}"}
+    assert named >= {"--sae", "--whole", "--topk-threshold", "--labels"}
+    for option in named:
+        words, _ = Command.parse(f"sae-steer serve demo --sae a=b {option} a=c").without_plugin(7)
+        assert option not in words
+
+
+@pytest.mark.parametrize(
+    ("words", "share"),
+    [
+        ("", "no --gpu-memory-utilization"),
+        ("--gpu-memory-utilization 0.92", "--gpu-memory-utilization 0.92"),
+        ("--gpu_memory_utilization=0.51", "--gpu-memory-utilization 0.51"),
+        ("--gpu-memory-utilization 0.4 --gpu-memory-utilization 0.9", "--gpu-memory-utilization 0.9"),
+        ("--gpu-memory-utilization half", "--gpu-memory-utilization half"),
+    ],
+)
+def test_two_servers_that_do_not_fit_on_a_gpu(words: str, share: str) -> None:
+    command = Command.parse(f"vllm serve M {words}")
+    command.require_room_for_two([])
+    with pytest.raises(BenchError, match=r"fit on NVIDIA H200.*Add --gpu-memory-utilization 0\.45") as error:
+        command.require_room_for_two(["NVIDIA H200, 143771 MiB"])
+    assert f"the command names {share}. " in error.value.message
+
+
+@pytest.mark.parametrize(
+    "share",
+    [
+        "--gpu-memory-utilization 0.45",
+        "--gpu-memory-utilization=.5",
+        "--gpu_memory_utilization 0.3",
+        "--gpu_memory_utilization=0.3",
+    ],
+)
+def test_two_servers_that_fit_on_a_gpu(share: str) -> None:
+    Command.parse(f"vllm serve M {share}").require_room_for_two(["NVIDIA H200, 143771 MiB"])
+    Command.parse("sae-steer serve demo").require_room_for_two(["NVIDIA H200, 143771 MiB"])
+
+
+def test_nothing_is_started_where_two_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA H200, 143771 MiB'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    said: list[str] = []
+    run = Run(options(tmp_path / "run", launch="vllm serve M"), silent(say=said.append))
+    with pytest.raises(BenchError, match="do not both fit on NVIDIA H200, 143771 MiB"):
+        run.measure(resume=False)
+    assert said == []
 
 
 def test_a_module_is_a_command_too() -> None:

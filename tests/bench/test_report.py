@@ -2,6 +2,8 @@
 
 import base64
 import re
+import subprocess
+import sys
 from io import BytesIO
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,7 +13,7 @@ from matplotlib import image
 from rich.console import Console
 
 from sae_steer_bench.errors import BenchError
-from sae_steer_bench.records import LoadPlan, Plan, Result
+from sae_steer_bench.records import LoadPlan, Plan, Result, RoundEnd
 from sae_steer_bench.report import load, write
 from sae_steer_bench.result import compare, result_of
 from sae_steer_bench.table import tables
@@ -86,6 +88,41 @@ def test_a_killed_run_has_a_report_too(tmp_path: Path) -> None:
     assert found.rounds == 3
     assert found.stopped
     assert {each.round for each in found.measurements} == {1, 2, 3}
+
+
+def journal(folder: Path, rounds: int) -> None:
+    """A run of so many complete rounds, by the measurements of :func:`result`."""
+    records = [plan(), *result(rounds=rounds).measurements]
+    text = "".join(record.model_dump_json() + "\n" for record in records)
+    text += "".join(RoundEnd(round=number).model_dump_json() + "\n" for number in range(1, rounds + 1))
+    (folder / "run.jsonl").write_text(text)
+
+
+def test_rounds_that_the_result_does_not_know_count(tmp_path: Path) -> None:
+    """A run was stopped and wrote its result, was resumed, and killed before it wrote another."""
+    write(result(rounds=5, stopped="the server ended"), tmp_path)
+    journal(tmp_path, 5)
+    assert load(tmp_path) == result(rounds=5, stopped="the server ended")
+    journal(tmp_path, 7)
+    found = load(tmp_path)
+    assert found.rounds == 7
+    assert found.stopped == "the process ended before the run did"
+    write(found, tmp_path)
+    assert load(tmp_path) == load(tmp_path / "result.json") == found
+
+
+def test_a_result_is_replaced_whole(tmp_path: Path) -> None:
+    write(result(rounds=5), tmp_path)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    code = (
+        "import resource, sys; from pathlib import Path; from tests.bench.results import result;"
+        "from sae_steer_bench.report import write;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048)); write(result(rounds=9), Path(sys.argv[1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert "The report cannot be written: File too large" in done.stderr
+    assert {path: path.read_bytes() for path in files} == files
+    assert load(tmp_path) == result(rounds=5)
 
 
 @pytest.mark.parametrize(

@@ -8,17 +8,20 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from typer.testing import CliRunner
 
 from sae_steer_bench.errors import BenchError, LoadFailed
 from sae_steer_bench.journal import NAME, read
+from sae_steer_bench.machine import machine, versions
 from sae_steer_bench.records import Measurement
 from sae_steer_bench.report import load
 from sae_steer_bench.run import Run
@@ -26,6 +29,7 @@ from sae_steer_cli.cli import app
 from sae_steer_http.client import Unreachable
 from sae_steer_server.settings import Settings
 from sae_steer_server.sockets import bind, url_of
+from tests.bench import results
 from tests.bench.conftest import ADMIN_KEY, TINY, options, silent
 from tests.cli.test_cli import run_without
 from tests.server.conftest import Served
@@ -146,6 +150,30 @@ def test_another_server_is_not_resumed_on(served: Served, tmp_path: Path) -> Non
         Run(options(tmp_path), silent()).measure(resume=True)
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("versions", "torch", "0.1"),
+        ("versions", "sae-steer", None),
+        ("versions", "numba-of-then", "1"),
+        ("machine", "cores", 4096),
+        ("machine", "gpus", ["one that is gone"]),
+    ],
+)
+def test_another_place_is_not_resumed_on(
+    served: Served, tmp_path: Path, part: str, name: str, value: str | int | list[str] | None
+) -> None:
+    plan = results.plan(url=served.url, machine=machine(), versions=versions()).model_dump()
+    if value is None:
+        del plan[part][name]
+    else:
+        plan[part][name] = value
+    (tmp_path / NAME).write_text(json.dumps(plan) + "\n")
+    with pytest.raises(BenchError) as error:
+        Run(options(tmp_path), silent()).measure(resume=True)
+    assert error.value.message.startswith(f"The run was begun with another {name} ({part}): it was {value}, and is ")
+
+
 def test_a_trace_names_the_plugins_ops(served: Served, tmp_path: Path) -> None:
     watch: list[str] = []
     run = Run(
@@ -172,13 +200,11 @@ def test_a_trace_takes_the_admin_key(served: Served, tmp_path: Path) -> None:
         run.measure(resume=False)
 
 
-@pytest.fixture(scope="module")
-def unsteered() -> Iterator[str]:
-    """An OpenAI-compatible server without sae-steer, as far as it is asked."""
-    other = FastAPI()
-    other.add_api_route("/v1/models", lambda: {"object": "list", "data": [{"id": "m"}]})
+@contextmanager
+def running(application: FastAPI) -> Iterator[str]:
+    """A server on a free port; yields its address."""
     sock = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(other, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(application, log_level="error"))
     thread = threading.Thread(target=lambda: server.run(sockets=[sock]))
     thread.start()
     yield url_of(sock)
@@ -187,10 +213,64 @@ def unsteered() -> Iterator[str]:
     sock.close()
 
 
+@pytest.fixture(scope="module")
+def unsteered() -> Iterator[str]:
+    """An OpenAI-compatible server without sae-steer, as far as it is asked."""
+    other = FastAPI()
+    other.add_api_route("/v1/models", lambda: {"object": "list", "data": [{"id": "m"}]})
+    with running(other) as url:
+        yield url
+
+
 def test_a_server_without_the_plugin(unsteered: str, tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="there is no sae-steer to measure"):
         Run(options(tmp_path, url=unsteered), silent()).measure(resume=False)
     assert not (tmp_path / NAME).exists()
+
+
+def test_a_first_load_that_fails_is_one_line(served: Served, tmp_path: Path) -> None:
+    front = FastAPI()
+
+    @front.api_route("/{path:path}", methods=["GET", "POST"])
+    async def forward(path: str, request: Request) -> Response:
+        """All of the server behind it, but for streams."""
+        body = await request.body()
+        if b'"stream":true' in body.replace(b" ", b""):
+            return Response('{"error": {"message": "no stream here"}}', 500, media_type="application/json")
+        async with httpx.AsyncClient(base_url=served.url) as client:
+            reply = await client.request(
+                request.method,
+                f"/{path}",
+                content=body,
+                params=request.query_params,
+                headers={"content-type": "application/json"},
+            )
+        return Response(reply.content, reply.status_code, media_type="application/json")
+
+    with running(front) as url:
+        done = bench("serve", "--url", url, *TINY, "--case", "one", "--out", str(tmp_path / "run"))
+    assert done.exit_code == 2, done.output
+    assert done.stderr == f"sae-steer: {url} answered under load with HTTP 500: no stream here\n"
+
+
+def test_a_file_in_the_way_is_one_line(served: Served, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    done = bench("serve", "--url", served.url, *TINY, "--out", str(file))
+    assert done.exit_code == 2, done.output
+    assert done.stderr == f"sae-steer: File exists ({file}).\n"
+
+
+def test_a_report_takes_a_folder(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    file.write_text(results.result().model_dump_json())
+    done = bench("report", str(file))
+    assert done.exit_code == 2, done.output
+    assert done.stderr == f"sae-steer: {file} is a file: a report is written into the folder of a run. Name that.\n"
+    (tmp_path / "plots").write_text("in the way")
+    done = bench("report", str(tmp_path))
+    assert done.exit_code == 2, done.output
+    assert done.stderr == f"sae-steer: The report cannot be written: File exists ({tmp_path / 'plots'}).\n"
 
 
 def test_no_server(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -10,11 +12,13 @@ import pytest
 
 from sae_steer import embedded
 from sae_steer_bench.errors import LoadFailed
+from sae_steer_bench.launch import free_port
+from sae_steer_bench.load import Address
 from sae_steer_bench.load_vllm import VllmLoad
 from sae_steer_bench.options import Options, Watch
 from sae_steer_bench.report import load
 from sae_steer_bench.run import Run
-from tests.vllm.conftest import ADMIN_KEY, Setup, VllmServer, plugin_config
+from tests.vllm.conftest import ADMIN_KEY, Setup, VllmServer, environment_of, plugin_config, serve_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -86,10 +90,29 @@ def test_the_openai_client_measures_it_too(server: VllmServer, tmp_path: Path) -
     assert load(tmp_path).rounds == 5
 
 
+def test_a_launched_server_needs_no_folder_for_profiles(
+    server: VllmServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment_of(Setup(None), tmp_path).items():
+        monkeypatch.setenv(name, value)
+    command = serve_command(Setup(plugin_config(limits={"features": 8, "max_programs": 8})), free_port(None))
+    launch = {"url": None, "launch": shlex.join(command), "plain_url": server.url, "admin_key": None}
+    said: list[str] = []
+    wanted = replace(options(tmp_path / "run", server.url), **launch)
+    run = Run(wanted, replace(silent(), say=said.append))
+    run.measure(resume=False)
+    assert run.plan is not None
+    assert run.plan.generator == "openai"
+    assert {each.case for each in run.done} == {"plain", "idle", "half"}
+    (line,) = [line for line in said if "openai" in line]
+    assert "no folder of its own for profiles" in line
+
+
 def test_without_an_admin_key_they_are_refused_by_name(server: VllmServer, tmp_path: Path) -> None:
     run = Run(options(tmp_path, server.url, admin_key=None, cases=("half", "one"), tokenizer="/no/such"), silent())
     with pytest.raises(LoadFailed, match="vllm bench serve failed"):
         run.measure(resume=False)
     sender = VllmLoad(str(embedded.MODEL), None, None, 60)
-    assert sender.obstacle([{"interventions": []}]) is None
-    assert "--admin-key" in str(sender.obstacle([None, {"interventions": []}]))
+    address = Address(server.url, "demo")
+    assert sender.obstacle(address, [{"interventions": []}]) is None
+    assert "--admin-key" in str(sender.obstacle(address, [None, {"interventions": []}]))
