@@ -82,7 +82,8 @@ def calibrated(harvester: Harvester, window: Window, part: Statistics, progress:
 def written(folder: Path, part: Statistics, window: Window, progress: Progress) -> float:
     """Seconds of what comes once in a shard: sorting what was gathered, writing it down, adding it to the total."""
     start = time.perf_counter()
-    save(Shards(folder, {}), part, Statistics(part.features, part.labels), window, progress)
+    with Shards(folder, {}) as shards:
+        save(shards, part, Statistics(part.features, part.labels), 0, window, progress)
     return time.perf_counter() - start
 
 

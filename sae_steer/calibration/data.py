@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -80,7 +81,7 @@ class Survey:
         labels: All labels, sorted.
         documents: Texts of each label, in that order; a text with two labels counts for both.
         skipped: Unlabelled rows.
-        identity: Digest of the file's size, beginning and end, and of its columns: another file has another.
+        identity: Digest of the whole file and of its columns: another file has another.
     """
 
     texts: int
@@ -98,14 +99,18 @@ class Reader:
         columns: Where texts and labels are.
         offset: Byte to start from; 0 = the beginning.
         line: Lines before it.
+        digest: Fed with every line that is read, where it is given.
 
     Raises:
         DataError: The file cannot be opened, or its form is not known.
     """
 
-    def __init__(self, path: Path, columns: Columns, offset: int = 0, line: int = 0) -> None:
+    def __init__(
+        self, path: Path, columns: Columns, offset: int = 0, line: int = 0, digest: "hashlib._Hash | None" = None
+    ) -> None:
         self.path, self.columns = path, columns
         self.offset, self.line = offset, line
+        self._digest = digest
         forms = {".jsonl": self._json, ".ndjson": self._json, ".txt": self._plain}
         tables = {".csv": ",", ".tsv": "\t"}
         suffix = path.suffix.lower()
@@ -129,6 +134,8 @@ class Reader:
                 raise DataError(f"{self.path}, line {self.line + 1}: longer than {MAX_LINE} bytes.")
             self.offset += len(data)
             self.line += 1
+            if self._digest is not None:
+                self._digest.update(data)
             try:
                 yield data.decode("utf-8-sig" if self.line == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -217,6 +224,8 @@ class Reader:
             yield Fault(line, "no label", unlabelled=True)
         elif not text.strip():
             yield Fault(line, "an empty text")
+        elif not all(map(_encodes, (text, *labels))):
+            yield Fault(line, "half of a surrogate pair, which is no character")
         else:
             span = self._span(row, text)
             yield Fault(line, span) if isinstance(span, str) else Text(line, text, labels, span)
@@ -250,7 +259,7 @@ class Reader:
             return (match.start(), match.end()) if match else f"the word {word[:40]!r} is not in the text"
         try:
             start, end = int(row[c.start or ""]), int(row[c.end or ""])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):  # the last one: JSON as Python reads it has Infinity
             return f"no whole numbers in {c.start!r} and {c.end!r}"
         if not 0 <= start < end <= len(text):
             return f"the span {start} to {end} is not in a text of {len(text)} characters"
@@ -271,7 +280,8 @@ def survey(
     Raises:
         DataError: Rows cannot be used; the first of them are named by line. Or there is no row, or too many labels.
     """
-    reader = Reader(path, columns)
+    digest = hashlib.sha256(f"{columns}\n".encode())
+    reader = Reader(path, columns, digest=digest)
     found: Counter[str] = Counter()
     texts = skipped = told = faults = 0
     first: list[Fault] = []
@@ -295,7 +305,13 @@ def survey(
     if not texts:
         raise DataError(f"{path}: no row can be used. {skipped} rows have no label, and others may not meet --only.")
     labels = tuple(sorted(found))
-    return Survey(texts, labels, tuple(found[label] for label in labels), skipped, _identity(path, columns))
+    identity = f"sha256:{digest.hexdigest()}"
+    return Survey(texts, labels, tuple(found[label] for label in labels), skipped, identity)
+
+
+def first_texts(path: Path, columns: Columns, most: int | None) -> list[Text]:
+    """The first ``most`` texts of a surveyed file, and no row behind them; None = all."""
+    return list(islice((row for row in Reader(path, columns) if not isinstance(row, Fault)), most))
 
 
 def _refusal(path: Path, first: list[Fault], faults: int) -> DataError:
@@ -312,6 +328,15 @@ def _cut_off(last: str, *, open_quote: bool = False) -> str | None:
     return "the file ends in the middle of this row; finish or remove it"
 
 
+def _encodes(text: str) -> bool:
+    """Whether UTF-8 has a form for a text: JSON may hold one half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _written(value: object) -> str | None:
     """A label or another value as text; None where it has no such form."""
     if isinstance(value, bool):
@@ -319,13 +344,3 @@ def _written(value: object) -> str | None:
     if isinstance(value, str):
         return value
     return str(value) if isinstance(value, int | float) else None
-
-
-def _identity(path: Path, columns: Columns) -> str:
-    size = path.stat().st_size
-    digest = hashlib.sha256(f"{size} {columns}".encode())
-    with path.open("rb") as file:
-        digest.update(file.read(2**20))
-        file.seek(max(0, size - 2**20))
-        digest.update(file.read(2**20))
-    return "sha256:" + digest.hexdigest()

@@ -10,6 +10,7 @@ from sae_steer.calibration.data import Columns, Reader
 from sae_steer.calibration.harvest import Progress, Window, windows
 from sae_steer.calibration.shards import Shards
 from sae_steer.calibration.statistics import Statistics
+from sae_steer.errors import DataError
 
 SHARD_SECONDS = 30.0
 """How much work a kill may cost, in seconds; later a twentieth of what was done, so that shards stay few."""
@@ -65,11 +66,16 @@ def gather(
         report: Told of the progress after each window.
 
     Raises:
-        DataError: A text cannot be used, or the file is no longer what was surveyed.
+        DataError: A text cannot be used, the file is no longer what was surveyed, or a shard is not the next one.
     """
     total, progress = Statistics(features, labels, limit), Progress()
     offset = line = 0
     for tensors, about in shards.read():
+        if about.get("start") != str(offset):
+            raise DataError(
+                f"{shards.folder} holds a shard that does not begin at byte {offset}, where the one before it ended. "
+                "Begin anew with --restart."
+            )
         total.merge(tensors)
         offset, line = int(about["offset"]), int(about["line"])
         progress = Progress(*(int(about[name]) for name in _COUNTS))
@@ -77,7 +83,7 @@ def gather(
     if report is not None:
         report(progress)
     part, began, since = Statistics(features, labels, limit), time.monotonic(), time.monotonic()
-    pending: Window | None = None
+    start, pending = offset, None
     for window in windows(Reader(path, columns, offset, line)):
         engine.run(window, part, progress)
         pending = window
@@ -85,17 +91,19 @@ def gather(
             report(progress)
         now = time.monotonic()
         if now - since >= max(every, (now - began) / 20):
-            save(shards, part, total, window, progress)
-            part, since, pending = Statistics(features, labels, limit), time.monotonic(), None
+            save(shards, part, total, start, window, progress)
+            part, since = Statistics(features, labels, limit), time.monotonic()
+            start, pending = window.offset, None
     if pending is not None:
-        save(shards, part, total, pending, progress)
+        save(shards, part, total, start, pending, progress)
     total.settle()
     return Gathered(total, progress, resumed)
 
 
-def save(shards: Shards, part: Statistics, total: Statistics, window: Window, progress: Progress) -> None:
-    """Writes a shard of the statistics up to and with a window, and adds them to the total."""
+def save(shards: Shards, part: Statistics, total: Statistics, start: int, window: Window, progress: Progress) -> None:
+    """Writes a shard of the statistics from a byte up to and with a window, and adds them to the total."""
     tensors = part.tensors()
     counts = {name: str(getattr(progress, name)) for name in _COUNTS}
-    shards.append(tensors, {"offset": str(window.offset), "line": str(window.line), **counts})
+    place = {"start": str(start), "offset": str(window.offset), "line": str(window.line)}
+    shards.append(tensors, {**place, **counts})
     total.merge(tensors)

@@ -19,6 +19,8 @@ from sae_steer.sites import Place
 
 WINDOW = 256
 """Texts that are sorted by length together; batches never cross a window, so that a resumed run has the same ones."""
+WINDOW_CHARACTERS = 2**20
+"""A window ends with the text that reaches this, so that long texts take no more memory than short ones."""
 BATCH_TOKENS = 4096
 
 
@@ -34,12 +36,14 @@ class Window:
 def windows(reader: Reader, size: int = WINDOW) -> Iterator[Window]:
     """The texts of a surveyed file; rows that cannot be used are left out, as the survey allowed or refused them."""
     texts: list[Text] = []
+    characters = 0
     for row in reader:
         if not isinstance(row, Fault):
             texts.append(row)
-        if len(texts) == size:
+            characters += len(row.text)
+        if len(texts) == size or characters >= WINDOW_CHARACTERS:
             yield Window(texts, reader.offset, reader.line)
-            texts = []
+            texts, characters = [], 0
     if texts:
         yield Window(texts, reader.offset, reader.line)
 

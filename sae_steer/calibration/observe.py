@@ -12,6 +12,20 @@ from sae_steer.calibration.data import Text
 from sae_steer.errors import DataError
 
 Tokens = Literal["last", "all", "labelled-span"]
+_CHARACTERS = 16  # of a token; few texts have more on average, and where they do, more is taken
+_MARGIN = 64  # tokens before a cut that may differ from those of the whole text: a word may be cut in two
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase, text: str, most: int) -> str:
+    """As much of a text as its first ``most`` tokens need, and more; the whole text where it is short."""
+    end = _CHARACTERS * (most + _MARGIN)
+    while end < len(text):
+        start = text[:end]
+        ids = tokenizer(start, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= most + _MARGIN:
+            return start
+        end *= 2
+    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +89,8 @@ class Tokeniser:
     def __call__(self, rows: Sequence[Text]) -> list[Observed]:
         """The rows in tokens, in order; raises :class:`DataError` for a text without any."""
         spans = self._how.tokens == "labelled-span"
-        encoded = self._tokenizer([row.text for row in rows], return_offsets_mapping=spans, verbose=False)
+        texts = [beginning(self._tokenizer, row.text, self._how.max_length) for row in rows]
+        encoded = self._tokenizer(texts, return_offsets_mapping=spans, verbose=False)
         found = []
         for i, row in enumerate(rows):
             ids = list(encoded["input_ids"][i])

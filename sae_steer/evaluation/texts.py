@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from sae_steer.calibration.observe import beginning
 from sae_steer.errors import DataError
 
 
@@ -30,7 +31,8 @@ class Texts:
         """Tokenises texts, cut to ``most`` tokens; those of one token predict nothing and are left out."""
         if not texts:
             return cls((), ())
-        encoded = tokenizer(list(texts), truncation=True, max_length=most)["input_ids"]
+        texts = [beginning(tokenizer, text, most) for text in texts]
+        encoded = tokenizer(texts, truncation=True, max_length=most)["input_ids"]
         kept = [(tuple(ids), label) for ids, label in zip(encoded, labels, strict=True) if len(ids) > 1]
         return cls(tuple(ids for ids, _ in kept), tuple(label for _, label in kept))
 

@@ -63,11 +63,21 @@ def run(job: Job) -> None:
     found = _survey(job)
     named = load_sae(job.sae, job.model)
     engine, observing, fingerprint = _engine(job, named, found)
-    shards = _shards(job, out, found, named, observing, fingerprint)
-    began = time.monotonic()
-    gathered = _gather(job, engine, named, found, shards)
-    seconds = time.monotonic() - began
-    _check(gathered, found)
+    with _shards(job, out, found, named, observing, fingerprint) as shards:
+        began = time.monotonic()
+        gathered = _gather(job, engine, named, found, shards)
+        seconds = time.monotonic() - began
+        _check(gathered, found)
+        choice, info, features = _write(job, out, found, named, gathered, fingerprint)
+        shards.remove()
+    typer.echo(_summary(job, named, found, gathered, choice, info, seconds))
+    typer.echo("\n".join(_how_to_use(job, named, features)))
+
+
+def _write(
+    job: Job, out: Path, found: Survey, named: NamedSae, gathered: Gathered, fingerprint: str
+) -> tuple[Choice, CalibrationInfo, int]:
+    """Estimates, and writes the profile; what was chosen, what it was made from, and its number of features."""
     concepts = [found.labels.index(concept) for concept in job.concepts]
     choice = choose(gathered.statistics, found.documents, job.settings, concepts)
     calibration = calibration_of(gathered.statistics, found.documents, job.settings, concepts, choice)
@@ -94,9 +104,7 @@ def run(job: Job) -> None:
         skip_bos=job.observing.skip_bos,
         force=job.force,
     )
-    shards.remove()
-    typer.echo(_summary(job, named, found, gathered, choice, info, seconds))
-    typer.echo("\n".join(_how_to_use(job, named, calibration.features.numel())))
+    return choice, info, calibration.features.numel()
 
 
 def _survey(job: Job) -> Survey:
@@ -155,9 +163,7 @@ def _shards(job: Job, out: Path, found: Survey, named: NamedSae, observing: Obse
         "batch_tokens": job.batch_tokens,
     }
     try:
-        if job.restart and (folder / "manifest.json").exists():
-            Shards.discard(folder)
-        return Shards(folder, manifest)
+        return Shards(folder, manifest, restart=job.restart)
     except OSError as error:
         raise DataError(f"{folder} cannot be written: {error.strerror or type(error).__name__}.") from error
 

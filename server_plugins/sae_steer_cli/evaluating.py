@@ -16,7 +16,7 @@ import typer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from sae_steer.calibration.data import Columns, Fault, Reader, Text, survey
+from sae_steer.calibration.data import Columns, Text, first_texts, survey
 from sae_steer.calibration.model import of_source
 from sae_steer.calibration.store import StoredCalibration
 from sae_steer.catalog import Catalog, CatalogSae
@@ -33,6 +33,7 @@ from sae_steer.inprocess import Steer
 from sae_steer.limits import Limits
 from sae_steer.sae import Activation
 from sae_steer_cli.models import DEMO, DType, NamedSae, load_model, load_sae, location_of
+from sae_steer_cli.refusal import writes
 
 _LEAST_TEXTS = 10
 _READOUTS = {
@@ -105,7 +106,7 @@ def run(job: Job) -> SuppressionResult:
         with Steer(model, catalog, limits, []) as steer:
             bench = _bench(job, steer, tokenizer, labelled, stored)
             readouts = _readouts(job, bench, train, len(stored.info.labels))
-            with _bar(job) as bar:
+            with _bar(job) as bar, writes(job.out):
                 journal = Journal(job.out / "journal.jsonl", _settings(job, stored, bench, train))
                 comparison = Comparison(
                     bench, compared, readouts, journal, progress=bar.update, says=bar.set_description
@@ -122,8 +123,9 @@ def run(job: Job) -> SuppressionResult:
             matched=sums.matched(job.levels),
             claim=sums.claim(job.levels),
         )
-    _write(job.out, result)
-    draw(result, sums, job.out / "plot.png")
+    with writes(job.out):
+        _write(job.out, result)
+        draw(result, sums, job.out / "plot.png")
     typer.echo(table(result))
     typer.echo(f"\nThe claim that APP's perplexity rises least: {result.claim.claim}. {result.claim.because}")
     typer.echo(f"sae-steer: results in {job.out}", err=True)
@@ -153,9 +155,9 @@ def _limits(stored: StoredCalibration) -> Limits:
     return Limits(max_programs=2, rows=rows, wide_programs=0, max_edits=rows)
 
 
-def _read(path: Path, columns: Columns) -> list[Text]:
+def _read(path: Path, columns: Columns, most: int | None = None) -> list[Text]:
     survey(path, columns)
-    return [row for row in Reader(path, columns) if not isinstance(row, Fault)]
+    return first_texts(path, columns, most)
 
 
 def _labelled(job: Job, tokenizer: PreTrainedTokenizerBase, stored: StoredCalibration) -> tuple[Texts, Texts]:
@@ -195,7 +197,8 @@ def _bench(
     concept = stored.concept(job.concept, param="--concept")
     own = [row for row, label in enumerate(labelled.labels) if label == concept]
     others = [row for row, label in enumerate(labelled.labels) if label != concept]
-    written = [row.text for row in _read(job.plain, Columns(text=job.text_column, label=None))][: job.plain_texts]
+    plain_columns = Columns(text=job.text_column, label=None)
+    written = [row.text for row in _read(job.plain, plain_columns, job.plain_texts)]
     plain = Texts.of(tokenizer, written, [0] * len(written), job.max_tokens)
     return Bench(
         steer,

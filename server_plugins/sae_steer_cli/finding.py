@@ -7,7 +7,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from sae_steer.calibration.data import Fault, Reader, Survey, Text, survey
+from sae_steer.calibration.data import Reader, Survey, first_texts, survey
 from sae_steer.calibration.encode import Encoder
 from sae_steer.calibration.find import LABELS, POSITIVE, Found, effects, examples, ranked
 from sae_steer.calibration.harvest import Harvester, Progress, check_width, context_of, windows
@@ -107,7 +107,8 @@ def _gather(ask: Search, harvester: Harvester, surveys: list[Survey]) -> Statist
 
 def _with_effects(ask: Search, harvester: Harvester, named: NamedSae, found: list[Found], length: int) -> list[Found]:
     tokeniser = harvester.tokeniser
-    rows = _some(ask.reader(POSITIVE), ask.effect_texts)
+    reader = ask.reader(POSITIVE)
+    rows = first_texts(reader.path, reader.columns, ask.effect_texts)
     texts = passages([text.ids for text in tokeniser(rows)], length)
     whole = named.sae.spec.activation is Activation.TOPK
     entry = CatalogSae.make(named.name, named.sae, site=named.site, whole=whole)
@@ -124,13 +125,3 @@ def _texts(ask: Search, tokeniser: Tokeniser, most: int) -> Iterator[list[Observ
             left -= len(window.texts)
             if left <= 0:
                 break
-
-
-def _some(reader: Reader, most: int) -> list[Text]:
-    found: list[Text] = []
-    for row in reader:
-        if not isinstance(row, Fault):
-            found.append(row)
-        if len(found) == most:
-            break
-    return found

@@ -47,7 +47,9 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+    from sae_steer.devices import named_device
+
+    where = named_device(device)
     wanted: str | torch.dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     if not sys.stderr.isatty():
         disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from sae_steer_cli.models import DType
-from sae_steer_cli.refusal import imports_of, refusals
+from sae_steer_cli.refusal import imports_of, refusals, writes
 
 SEPARABILITY_HELP = """
 Score how well the features of SAEs tell the labels of a text apart, beside the model's own coordinates at those places.
@@ -97,6 +97,8 @@ def separability(
         tokeniser = Tokeniser(tokenizer, observing, found.labels)
         run = Separation(loaded, tokeniser, dictionaries, found.documents, batch_tokens=batch_tokens)
         progress = Progress()
+        with writes(out):  # here, and not after an hour of work
+            out.mkdir(parents=True, exist_ok=True)
         with tqdm(total=found.texts, desc="texts", unit=" texts", disable=True if quiet else None) as bar:
             for window in windows(Reader(data, columns)):
                 run.run(window, progress)
@@ -106,7 +108,8 @@ def separability(
         )
         scores = run.scores(settings, [found.labels.index(name) for name in concepts])
         about = About(model, data.name, found.texts, tokens, found.labels, found.documents, concepts)
-        written = write_report(out, about, scores)
+        with writes(out):
+            written = write_report(out, about, scores)
         typer.echo(_text(table(scores)))
         typer.echo(f"\n{out / 'report.html'}, and {len(written) - 1} files beside it")
 

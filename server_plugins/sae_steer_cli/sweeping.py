@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ import typer
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sae_steer.calibration.data import Fault, Reader, survey
+from sae_steer.calibration.data import first_texts, survey
 from sae_steer.calibration.harvest import context_of
 from sae_steer.calibration.model import of_model, of_source
+from sae_steer.calibration.observe import beginning
 from sae_steer.calibration.plots import png
 from sae_steer.calibration.plots import sweep as drawn
 from sae_steer.calibration.scoring import Passage, Score, passages
@@ -24,6 +26,7 @@ from sae_steer.errors import DataError, RequestError, RunFailed, StartError
 from sae_steer.sae import Activation
 from sae_steer.sites import Site
 from sae_steer_cli.models import DType, NamedSae, columns_of, load_model, load_sae, location_of
+from sae_steer_cli.refusal import writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,22 +63,31 @@ def run(ask: Sweep) -> None:
     if (ask.target is None) == (not ask.phrases) or (ask.phrases and not ask.prompts):
         raise DataError("Give the target: --target FILE, or --phrase TEXT with --prompt TEXT.")
     cases = _cases(ask)
-    raw = {path.name: _read(ask, path) for path in (ask.plain, ask.target) if path is not None}
+    _check_names(cases)
+    plain_texts = _read(ask, ask.plain)
+    target_texts = _read(ask, ask.target) if ask.target else []
     model, tokenizer = load_model(ask.model, ask.dtype, ask.device)
     length = context_of(model, ask.max_length)
-    plain = _passages(tokenizer, raw[ask.plain.name], length)
-    target = _passages(tokenizer, raw[ask.target.name], length) if ask.target else _phrases(ask, tokenizer, length)
-    ask.out.mkdir(parents=True, exist_ok=True)
+    plain = _passages(tokenizer, plain_texts, length)
+    target = _passages(tokenizer, target_texts, length) if ask.target else _phrases(ask, tokenizer, length)
     settings = _settings(ask, strengths, target, plain, cases, model)
-    journal = Journal(ask.out / "sweep.journal.jsonl", settings)
-    try:
-        with tqdm(total=len(cases) * len(strengths), unit=" cells", disable=True if ask.quiet else None) as bar:
-            cells, before, bare = sweep(
-                model, cases, strengths, target, plain, journal, batch_tokens=ask.batch_tokens, tick=bar.update
-            )
-    except (RequestError, RunFailed) as error:  # the request is made of the options
-        raise StartError(error.message) from error
-    found = knees(cells)
+    with writes(ask.out):
+        ask.out.mkdir(parents=True, exist_ok=True)
+        journal = Journal(ask.out / "sweep.journal.jsonl", settings)
+        try:
+            with tqdm(total=len(cases) * len(strengths), unit=" cells", disable=True if ask.quiet else None) as bar:
+                cells, before, bare = sweep(
+                    model, cases, strengths, target, plain, journal, batch_tokens=ask.batch_tokens, tick=bar.update
+                )
+        except (RequestError, RunFailed) as error:  # the request is made of the options
+            raise StartError(error.message) from error
+        found = knees(cells)
+        _write(ask, cells, found, before, bare)
+    typer.echo(_text(cells, found, bare))
+    typer.echo(f"\n{ask.out / 'sweep.json'}, {ask.out / 'sweep.png'}")
+
+
+def _write(ask: Sweep, cells: list[Cell], found: list[Knee], before: Score, bare: Score) -> None:
     result = {
         "what": _title(ask),
         "definition": "effect: change of the target's mean log-probability, nats a token; cost: rise of the loss on "
@@ -86,8 +98,6 @@ def run(ask: Sweep) -> None:
     }
     write_whole(ask.out / "sweep.json", json.dumps(result, indent=1).encode())
     write_whole(ask.out / "sweep.png", png(drawn(cells, found, _title(ask))))
-    typer.echo(_text(cells, found, bare))
-    typer.echo(f"\n{ask.out / 'sweep.json'}, {ask.out / 'sweep.png'}")
 
 
 def _strengths(text: str) -> tuple[float, ...]:
@@ -122,6 +132,13 @@ def _cases(ask: Sweep) -> list[Case]:
     else:
         vector = Vector.make("direction", named[0].sae.rows([ask.feature or 0]).dec[0])
     return [_vector_case(ask, vector, text) for text in dict.fromkeys(ask.sites)]
+
+
+def _check_names(cases: list[Case]) -> None:
+    """The results and the journal know a case by its name: two of one name would share their cells."""
+    twice = next((name for name, count in Counter(case.name for case in cases).items() if count > 1), None)
+    if twice is not None:
+        raise DataError(f"Two profiles would both be called {twice!r} here. Sweep each by itself, into its own --out.")
 
 
 def _feature_case(ask: Sweep, named: NamedSae) -> Case:
@@ -176,17 +193,12 @@ def _needs_whole(named: NamedSae) -> bool:
 def _read(ask: Sweep, path: Path) -> list[str]:
     columns = columns_of(text=ask.text_column, label=None, constant="text")
     survey(path, columns)
-    found = []
-    for row in Reader(path, columns):
-        if not isinstance(row, Fault):
-            found.append(row.text)
-        if len(found) == ask.texts:
-            break
-    return found
+    return [row.text for row in first_texts(path, columns, ask.texts)]
 
 
 def _passages(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -> list[Passage]:
-    return passages(tokenizer(texts, verbose=False)["input_ids"], length)
+    starts = [beginning(tokenizer, text, length) for text in texts]
+    return passages(tokenizer(starts, verbose=False)["input_ids"], length)
 
 
 def _phrases(ask: Sweep, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Passage]:

@@ -14,6 +14,7 @@ from sae_steer import embedded
 from sae_steer.calibration.model import of_source
 from sae_steer.capabilities import TRANSFORMERS
 from sae_steer.catalog import Catalog, CatalogSae, Vector
+from sae_steer.devices import named_device
 from sae_steer.errors import StartError
 from sae_steer.runtime import Runtime
 from sae_steer.sae.cached import open_served
@@ -147,7 +148,7 @@ def load_catalog(settings: Settings) -> Catalog:
 
 def load_model(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in evaluation mode on its device, and its tokenizer; raises :class:`StartError`."""
-    device = torch.device(_device(settings.device))
+    device = named_device(settings.device)
     _log.info("loading the model", model=settings.model, dtype=settings.dtype, device=str(device))
     dtype: str | torch.dtype = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
     if not sys.stderr.isatty():
@@ -167,20 +168,6 @@ def load_model(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizer
 def _one_id(token: object) -> int | None:
     """A special token's id, where the tokenizer has exactly one."""
     return token if isinstance(token, int) else None
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(name).type
-    except RuntimeError:
-        raise StartError(f"--device {name!r} is not a device. Write cpu, cuda or cuda:N.") from None
-    if kind not in ("cpu", "cuda", "mps", "xpu"):
-        raise StartError(f"--device {name!r}: a model cannot run there. Write cpu, cuda or cuda:N.")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise StartError(f"--device {name}: this machine or this build of torch has no CUDA. Use --device cpu.")
-    return name
 
 
 def _context(settings: Settings, model: PreTrainedModel) -> int:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from sae_steer import embedded
 from sae_steer.calibration.model import of_source
 from sae_steer.calibration.record import CALIBRATION_FILE, Calibration
+from sae_steer.calibration.shards import Shards
 from sae_steer.catalog import ProfileStore
 from sae_steer.errors import CheckpointError
 from sae_steer.sae import open_sae
@@ -140,6 +141,16 @@ def test_a_killed_command_goes_on(data: Path, tmp_path: Path) -> None:
     for name in ("features", "fired", "rank"):
         assert torch.equal(getattr(read(out)[1], name), getattr(read(whole)[1], name))
     torch.testing.assert_close(read(out)[1].log_density, read(whole)[1].log_density, rtol=0, atol=1e-5)
+
+
+def test_a_folder_in_which_another_process_works_is_left_alone(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", [("a", "x"), ("b", "y")])
+    with Shards(tmp_path / ".p.partial", {}):
+        for restart in ((), ("--restart",)):
+            result = call(*arguments(path, tmp_path / "p", "--concept", "x", *restart))
+            assert result.exit_code == 2
+            assert "Another process works in" in result.stderr
+        assert json.loads((tmp_path / ".p.partial" / "manifest.json").read_text()) == {}
 
 
 @pytest.mark.parametrize(

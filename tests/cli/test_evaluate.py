@@ -123,6 +123,12 @@ def test_a_whole_run_and_one_that_was_killed(files: Path, tmp_path: Path) -> Non
     after = json.loads((tmp_path / "out" / "result.json").read_text())
     assert {**after, "command": ""} == {**json.loads(text), "command": ""}
 
+    (tmp_path / "out" / "plot.png").unlink()
+    (tmp_path / "out" / "plot.png").mkdir()
+    refused = CliRunner().invoke(app, command(files, tmp_path / "out"))
+    assert refused.exit_code == 2, refused.output
+    assert f"{tmp_path / 'out' / 'plot.png'} cannot be written: Is a directory" in refused.stderr
+
 
 MISTAKES = {
     "concept": ({"concept": "merry"}, "Concepts: sea, trains"),
@@ -138,6 +144,7 @@ MISTAKES = {
     "one class": ({"data": "one.csv"}, "of other labels"),
     "cut off": ({"data": "cut.csv"}, "ends in the middle"),
     "words": ({"label-words": "sea=sea"}, "no word for 'trains'"),
+    "device": ({"device": "gpu"}, "is not a device"),
     "nothing to remove": ({"concept": "trains", "data": "plain.csv", "train": "plain.csv"}, "no removal to match"),
 }
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,19 @@ def test_a_feature(files: tuple[Path, Path], tmp_path: Path) -> None:
     assert (tmp_path / "o" / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_two_files_of_one_name_are_two_files(files: tuple[Path, Path], tmp_path: Path) -> None:
+    named = tuple(tmp_path / folder / "test.txt" for folder in ("target", "plain"))
+    for path, original in zip(named, files, strict=True):
+        path.parent.mkdir()
+        shutil.copy(original, path)
+    result = call((named[0], named[1]), tmp_path / "o", "--feature", str(SEA), "--strengths", "8")
+    assert result.exit_code == 0, result.output
+    bare = results(tmp_path / "o")["unsteered"]
+    for path, what in zip(named, ("target", "plain"), strict=True):
+        assert -bare[what]["log_probability"] / bare[what]["tokens"] == pytest.approx(losses(path, None), abs=1e-4)
+    assert losses(named[0], None) != pytest.approx(losses(named[1], None), abs=1e-2)
+
+
 def test_a_direction_at_several_places(files: tuple[Path, Path], tmp_path: Path) -> None:
     save_file({"v": open_sae(embedded.SAE).rows([SEA]).dec[0]}, tmp_path / "sea.safetensors")
     same = ("--strengths", "0.2,0.4,0.8", "--units", "residual_norm", "--phrase", " the sea", "--prompt", "She went to")
@@ -109,6 +123,11 @@ def test_a_calibrated_concept(files: tuple[Path, Path], tmp_path: Path) -> None:
         assert cell["effect"] < -0.03, "text of the sea becomes less likely"
         assert cell["cost"] < 0.01, "and text of other things does not"
     assert more["dose"] > once["dose"] > 0
+    shutil.copytree(tmp_path / "sea", tmp_path / "other" / "sea")
+    both = ("--profile", str(tmp_path / "sea"), "--profile", str(tmp_path / "other" / "sea"), "--strengths", "1")
+    refused = call(files, tmp_path / "both", *both)
+    assert refused.exit_code == 2
+    assert "Two profiles would both be called 'resid_post.3 (sea)'" in refused.stderr
 
 
 def test_a_killed_sweep_goes_on(files: tuple[Path, Path], tmp_path: Path) -> None:

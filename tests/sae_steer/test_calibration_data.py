@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_steer.calibration.data import Columns, Fault, Reader, Text, survey
+from sae_steer.calibration.data import Columns, Fault, Reader, Text, first_texts, survey
 from sae_steer.errors import DataError
 
 
@@ -61,6 +61,10 @@ def test_spans(tmp_path: Path) -> None:
     assert "not in a text of 4 characters" in far.reason
     assert isinstance(none, Fault)
     assert "no whole numbers" in none.reason
+    path = write(tmp_path / "d.jsonl", '{"text": "bass", "label": "fish", "start": Infinity, "end": 4}\n')
+    [endless] = rows(path, Columns(start="start", end="end"))
+    assert isinstance(endless, Fault)
+    assert "no whole numbers" in endless.reason
     path = write(tmp_path / "w.csv", "text,label,word\nBassoon and Bass play,m,bass\nviola,m,bass\n")
     found, missing = rows(path, Columns(word="word"))
     assert found == Text(2, "Bassoon and Bass play", ("m",), (12, 16))
@@ -87,6 +91,8 @@ def test_spans(tmp_path: Path) -> None:
         ("d.jsonl", '{"text": "a", "label": {"x": 1}}\n', "line 1: the label in 'label' is no text"),
         ("d.jsonl", '{"text": "a", "label": "%s"}\n' % ("x" * 200), "a label of 200 characters"),
         ("d.jsonl", "", "no row can be used"),
+        ("d.jsonl", '{"text": "a\\ud800", "label": "x"}\n', "line 1: half of a surrogate pair"),
+        ("d.jsonl", '{"text": "a", "label": "\\udfff"}\n', "line 1: half of a surrogate pair"),
         ("d.csv", "text,label\na,x\nb\n", "line 3: 1 columns, and the header has 2"),
         ("d.csv", "text,label\na,x\nb", "line 3: the file ends in the middle of this row"),
         ("d.csv", 'text,label\na,x\n"b and no', "line 3: the file ends in the middle of this row"),
@@ -133,6 +139,29 @@ def test_another_file_has_another_identity(tmp_path: Path) -> None:
     assert survey(path, Columns(names={"x": "y"})).identity != before
     write(path, '{"text": "b", "label": "x"}\n')
     assert survey(path, Columns()).identity != before
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.csv"])
+def test_a_label_in_the_middle_of_a_large_file_is_of_its_identity(tmp_path: Path, name: str) -> None:
+    json_row = '{{"text": "{}", "label": "{}"}}\n'
+    head, row = ("", json_row) if name == "d.jsonl" else ("text,label\n", "{},{}\n")
+    lines = [row.format("word " * 200, "xy"[i % 2]) for i in range(4000)]
+    path = write(tmp_path / name, head + "".join(lines))
+    assert path.stat().st_size > 3 * 2**20
+    before = survey(path, Columns())
+    lines[2000], lines[2001] = lines[2001], lines[2000]  # of the same size, and with the same counts
+    write(path, head + "".join(lines))
+    after = survey(path, Columns())
+    assert (after.texts, after.documents) == (before.texts, before.documents)
+    assert after.identity != before.identity
+
+
+def test_the_first_texts_are_all_that_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"}\n{"text": "c", "label": "y"}\n')
+    assert [text.text for text in first_texts(path, Columns(), None)] == ["a", "c"]
+    assert [text.text for text in first_texts(path, Columns(), 2)] == ["a", "c"]
+    write(path, path.read_bytes() + b"\xff\n")
+    assert [text.text for text in first_texts(path, Columns(), 2)] == ["a", "c"], "the last line is not looked at"
 
 
 def test_a_large_file_needs_little_memory(tmp_path: Path) -> None:

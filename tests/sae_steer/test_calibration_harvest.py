@@ -1,6 +1,8 @@
 """From texts to statistics: which tokens, the same activations as everywhere, and nothing lost when a run is killed."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from sae_steer.calibration.data import Columns, Reader, Text
 from sae_steer.calibration.encode import Encoder
 from sae_steer.calibration.gather import gather
 from sae_steer.calibration.harvest import Harvester, Progress, Window, check_width, context_of, windows
-from sae_steer.calibration.observe import Observing, Tokeniser, batches
+from sae_steer.calibration.observe import Observing, Tokeniser, batches, beginning
 from sae_steer.calibration.shards import Shards, write_whole
 from sae_steer.calibration.statistics import Statistics
 from sae_steer.errors import DataError, NonFinite, WidthMismatch
@@ -171,8 +173,8 @@ def counted(
             left[0] -= 1
             harvester.run(window, into, progress)
 
-    shards = Shards(folder, {"what": "this"})
-    found = gather(Mortal(), data, Columns(), shards, features=encoder.features, labels=2, every=0.0)
+    with Shards(folder, {"what": "this"}) as shards:
+        found = gather(Mortal(), data, Columns(), shards, features=encoder.features, labels=2, every=0.0)
     return found.statistics
 
 
@@ -194,8 +196,9 @@ def test_a_killed_run_goes_on_and_loses_nothing(
 
 
 def test_other_settings_do_not_go_on(tmp_path: Path) -> None:
-    Shards(tmp_path / "run", {"model": "a", "data": "b"})
-    Shards(tmp_path / "run", {"model": "a", "data": "b"})
+    for _ in range(2):
+        with Shards(tmp_path / "run", {"model": "a", "data": "b"}):
+            pass
     with pytest.raises(DataError, match=r"other settings \(model\).*--restart"):
         Shards(tmp_path / "run", {"model": "c", "data": "b"})
     with pytest.raises(DataError, match="not empty"):
@@ -203,15 +206,64 @@ def test_other_settings_do_not_go_on(tmp_path: Path) -> None:
     (tmp_path / "run" / "manifest.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read"):
         Shards(tmp_path / "run", {"model": "a", "data": "b"})
+    with Shards(tmp_path / "run", {"model": "c"}, restart=True) as shards:
+        assert json.loads((tmp_path / "run" / "manifest.json").read_text()) == {"model": "c"}
+        shards.remove()
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_never_work_in_one_folder(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from sae_steer.calibration.shards import Shards\n"
+        "with Shards(Path(sys.argv[1]), {}): print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        for restart in (False, True):
+            with pytest.raises(DataError, match="Another process works in"):
+                Shards(tmp_path / "run", {}, restart=restart)
+        other.kill()
+    with Shards(tmp_path / "run", {}):  # a kill leaves no lock
+        pass
+
+
+def test_a_shard_that_is_not_the_next_one_is_refused(data: Path, tmp_path: Path) -> None:
+    class Nothing:
+        def run(self, window: Window, into: Statistics, progress: Progress) -> None:
+            progress.texts += len(window.texts)
+
+    def run() -> int:
+        with Shards(tmp_path / "run", {}) as shards:
+            return gather(Nothing(), data, Columns(), shards, features=2, labels=2, every=0.0).progress.texts
+
+    assert run() == run() == 700
+    first, _, third = sorted((tmp_path / "run").glob("shard-*"))
+    fourth = tmp_path / "run" / "shard-000003.safetensors"
+    fourth.write_bytes(third.read_bytes())  # what a second process would add
+    with pytest.raises(DataError, match=r"does not begin at byte \d+.*--restart"):
+        run()
+    fourth.unlink()
+    first.unlink()
+    with pytest.raises(DataError, match="does not begin at byte 0,"):
+        run()
+
+
+def test_a_shard_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    with Shards(tmp_path / "run", {}) as shards:
+        (tmp_path / "run" / "shard-000001.safetensors").mkdir()
+        with pytest.raises(DataError, match=r"shard-000001\.safetensors cannot be written: Is a directory"):
+            shards.append({}, {})
 
 
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
-    shards = Shards(tmp_path / "run", {})
-    shards.append(Statistics(2, 2).tensors(), {"offset": "1"})
-    write_whole(tmp_path / "run" / "shard-000001.safetensors", b"half of it")
-    with pytest.raises(DataError, match=r"shard-000001.* is damaged.*--restart"):
-        list(shards.read())
-    shards.remove()
+    with Shards(tmp_path / "run", {}) as shards:
+        shards.append(Statistics(2, 2).tensors(), {"offset": "1"})
+        write_whole(tmp_path / "run" / "shard-000001.safetensors", b"half of it")
+        with pytest.raises(DataError, match=r"shard-000001.* is damaged.*--restart"):
+            list(shards.read())
+        shards.remove()
     assert not (tmp_path / "run").exists()
 
 
@@ -244,3 +296,53 @@ def test_lines_of_a_window_go_on_where_the_last_ended(data: Path) -> None:
     again = list(windows(Reader(data, Columns(), found[0].offset, found[0].line), 300))
     assert [window.texts for window in again] == [window.texts for window in found[1:]]
     assert json.loads(data.read_text().splitlines()[300])["text"] == again[0].texts[0].text
+
+
+def test_a_window_ends_by_characters_too(tmp_path: Path) -> None:
+    rows = [("word " * 2**16, "sea")] * 9 + [("short", "sea")] * 5
+    data = write(tmp_path / "long.jsonl", rows)
+    found = list(windows(Reader(data, Columns())))
+    assert [len(window.texts) for window in found] == [4, 4, 6]
+    again = list(windows(Reader(data, Columns(), found[0].offset, found[0].line)))
+    assert again == found[1:], "a run that goes on has the same windows"
+
+
+class Counting:
+    """A tokenizer that remembers the most characters that it was given at once."""
+
+    def __init__(self, inner: PreTrainedTokenizerBase) -> None:
+        self.inner, self.most = inner, 0
+        self.is_fast, self.bos_token_id = inner.is_fast, inner.bos_token_id
+
+    def __call__(self, text: str | list[str], **options: object) -> object:
+        self.most = max(self.most, *map(len, [text] if isinstance(text, str) else text))
+        return self.inner(text, **options)
+
+
+@pytest.mark.parametrize("unit", ["the sea and its boats ", "lighthouse", " ", "é漢字🙂 "])
+@pytest.mark.parametrize("most", [1, 7, 200])
+def test_a_long_text_is_cut_before_it_is_tokenised_and_its_tokens_are_the_same(
+    tokenizer: PreTrainedTokenizerBase, unit: str, most: int
+) -> None:
+    text = "A boat " + unit * (200_000 // len(unit))
+    start = beginning(tokenizer, text, most)
+    assert text.startswith(start)
+    assert tokenizer(start)["input_ids"][:most] == tokenizer(text)["input_ids"][:most]
+    counting = Counting(tokenizer)
+    [found] = Tokeniser(counting, Observing("all", max_length=most), LABELS)([Text(1, text, ("sea",), None)])  # type: ignore[arg-type]
+    assert (found.ids, found.cut) == (tokenizer(text)["input_ids"][:most], True)
+    assert counting.most <= len(start) < len(text) // 8
+
+
+def test_a_text_of_few_tokens_is_taken_whole(tokenizer: PreTrainedTokenizerBase) -> None:
+    """What looks long may be short in tokens: then more is taken, until it is all."""
+
+    class Wide(Counting):
+        def __call__(self, text: str | list[str], **options: object) -> object:
+            super().__call__(text)
+            assert isinstance(text, str)
+            return {"input_ids": [1] * (len(text) // 100)}
+
+    wide = Wide(tokenizer)
+    assert len(beginning(wide, "x" * 100_000, 10)) >= 100 * 10  # type: ignore[arg-type]
+    assert len(beginning(wide, "x" * 5_000, 10)) == 5_000  # type: ignore[arg-type]
