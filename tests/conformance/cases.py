@@ -211,9 +211,9 @@ CALIBRATED = (
         by_calibration("app", "music", prior="target", strength=2.0, top=6),
     ),
     single(
-        "app behind a gate, on the completion",
-        "no gate",
-        by_calibration("app", strength=6.0, positions="completion", when=_GATE | {"above": 4.0}),
+        "app on the completion",
+        "strength of one",
+        by_calibration("app", strength=6.0, positions="completion"),
         prompt="long",
     ),
     single(

@@ -210,7 +210,7 @@ def test_two_api_servers_return_their_blocks(
 ) -> None:
     features = (TRAINS, SEA, SPACE, MUSIC)
     edits = [_edit(embedded.SAE_NAME, feature, 40.0) for feature in features]
-    read = {"sae": embedded.SAE_NAME, "features": [SEA, TRAINS], "top_k": 2, "positions": "all"}
+    read = {"sae": embedded.SAE_NAME, "features": [SEA, TRAINS], "positions": "all"}
     asked = [Ask(model.prompt, {"interventions": [edit], "readings": read}) for edit in edits] + [Ask(model.prompt)]
     asked = asked * 4
     arguments = ("--api-server-count", "2", "--enable-log-requests", *arguments)
