@@ -211,8 +211,16 @@ VARIANTS: dict[str, Patch] = {
     "no waiting": (Gate, "enter", _no_waiting),
     "counted again after a preemption": (RunTable, "finish", _counted_again),
     # What is read.
-    "f' read for f": (worker_reads, "read_rows", lambda original: lambda p, n, f, g, *rest: original(p, n, g, g, *rest)),
-    "f read for f'": (worker_reads, "read_rows", lambda original: lambda p, n, f, g, *rest: original(p, n, f, f, *rest)),
+    "f' read for f": (
+        worker_reads,
+        "read_rows",
+        lambda original: lambda p, n, f, g, *rest: original(p, n, g, g, *rest),
+    ),
+    "f read for f'": (
+        worker_reads,
+        "read_rows",
+        lambda original: lambda p, n, f, g, *rest: original(p, n, f, f, *rest),
+    ),
     "positions of what is read off by one": (Reader, "take", _off_by_one),
     "read of the next token": (DeviceReads, "of", _next_token),
     "readings of the last step alone": (Outbox, "put", _last_step),
