@@ -255,6 +255,20 @@ def suppression_row(method: str, setting: str, m: dict[str, Any]) -> str:
     return f"| {method} | {setting} | {found} | {others} | {rise} | {m['divergence']['value']:.4f} |"
 
 
+def calibrate(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "What a calibration costs was not measured here yet: `python benchmarks/calibrate.py` does it."
+    paired, whole = found["paired"], found["whole_command"]
+    low, high = paired["ratio_interval_95"]
+    return (
+        f"A calibration of {paired['tokens']:,} tokens with an SAE of {found['features']} features takes "
+        f"{paired['ratio']:.3f} ({low:.3f} to {high:.3f}) of the time of the model's own forward passes and the "
+        f"encoder products over them, in pairs of windows; the whole command {whole['seconds']:.0f} s and "
+        f"{whole['peak_mb']:.0f} MB ({found['hardware']['threads']} threads, torch {found['versions']['torch']}; "
+        f"`{found['command']}`)."
+    )
+
+
 # A section without a result says so: what takes a GPU, or an environment of its own, is not measured everywhere.
 SECTIONS: dict[str, Callable[[Any], str]] = {
     "attach_idle": attach_idle,
@@ -263,6 +277,7 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "serve_vllm": served("serve_vllm", "`vllm serve` with the plugin"),
     "serve_demo": served("serve_demo", "the embedded server with the model that ships with the package"),
     "suppression": suppression,
+    "calibrate": calibrate,
     "kernels": kernels,
 }
 DRAWN: dict[str, Callable[[Any], tuple[list[tuple[str, Interval]], str]]] = {
