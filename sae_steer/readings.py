@@ -250,7 +250,7 @@ class Reader:
             return
         positions, tokens, rows = positions[new], tokens[new], rows[new]
         self.seen = int(positions[-1])
-        self.computed += rows.size
+        self.computed += rows.size if self._reads else 0  # triggers alone are few, and keep nothing
         if not np.isfinite(rows).all():
             self.failure = NonFinite(NOT_FINITE)
             return
