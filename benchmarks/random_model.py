@@ -19,6 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HOOKED = (2, 5, 8, 11)
 FEATURES = 1024
+WIDE = 16384
+"""Features of the SAE whose largest are read; it is held whole, beside another at the first hooked layer."""
 VOCABULARY = 16384
 
 
@@ -40,24 +42,24 @@ def build() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def write_sae(folder: Path, width: int, layer: int) -> Path:
+def write_sae(folder: Path, width: int, layer: int, features: int = FEATURES) -> Path:
     """A random JumpReLU SAE in SAELens' layout."""
     folder.mkdir(exist_ok=True)
-    directions = torch.nn.functional.normalize(torch.randn(FEATURES, width), dim=1)
+    directions = torch.nn.functional.normalize(torch.randn(features, width), dim=1)
     save_file(
         {
             "W_enc": directions.T.contiguous(),
             "W_dec": directions,
-            "b_enc": torch.zeros(FEATURES),
+            "b_enc": torch.zeros(features),
             "b_dec": torch.zeros(width),
-            "threshold": torch.full((FEATURES,), 0.1),
+            "threshold": torch.full((features,), 0.1),
         },
         folder / "sae_weights.safetensors",
     )
     config = {
         "architecture": "jumprelu",
         "d_in": width,
-        "d_sae": FEATURES,
+        "d_sae": features,
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": True,
@@ -72,7 +74,7 @@ def write_sae(folder: Path, width: int, layer: int) -> Path:
 def write(folder: Path) -> int:
     """Writes all of it; returns the number of parameters.
 
-    Vector ``v<layer>`` is the decoder row of the SAE's first feature.
+    Vector ``v<layer>`` is the decoder row of the SAE's first feature. SAE ``wide`` is the one that is held whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = build()
@@ -86,14 +88,16 @@ def write(folder: Path) -> int:
         sae = write_sae(folder / f"l{layer}", model.config.hidden_size, layer)
         row = load_file(sae / "sae_weights.safetensors")["W_dec"][0].clone()
         save_file({"v": row}, folder / f"v{layer}.safetensors")
+    write_sae(folder / "wide", model.config.hidden_size, HOOKED[0], WIDE)
     (folder / "launch.txt").write_text(shlex.join(launch(folder)) + "\n")
     return sum(p.numel() for p in model.parameters())
 
 
-def plugin_config(folder: Path, programs: int = 64) -> dict[str, object]:
-    """What the vLLM plugin loads of it."""
+def plugin_config(folder: Path, programs: int = 64, *, wide: bool = False) -> dict[str, object]:
+    """What the vLLM plugin loads of it; ``wide`` is whether the wide SAE is among it."""
+    whole = [{"name": "wide", "location": str(folder / "wide"), "whole": True}] if wide else []
     return {
-        "saes": [{"name": f"l{layer}", "location": str(folder / f"l{layer}")} for layer in HOOKED],
+        "saes": [*({"name": f"l{layer}", "location": str(folder / f"l{layer}")} for layer in HOOKED), *whole],
         "vectors": [{"name": f"v{layer}", "location": str(folder / f"v{layer}.safetensors")} for layer in HOOKED],
         "limits": {"max_programs": programs},
     }
@@ -104,7 +108,7 @@ def launch(folder: Path) -> list[str]:
     return [
         "vllm", "serve", str(folder / "model"), "--served-model-name", "random", "--dtype", "float32",
         "--max-model-len", "256", "--max-num-seqs", "64",
-        "--additional-config", json.dumps({"sae_steer": plugin_config(folder)}),
+        "--additional-config", json.dumps({"sae_steer": plugin_config(folder, wide=True)}),
     ]  # fmt: skip
 
 

@@ -78,6 +78,28 @@ def vllm_decode(result: dict[str, Any]) -> str:
     )
 
 
+def readings(result: dict[str, Any] | None) -> str:
+    if result is None:
+        return "Readings were not measured here yet: `python benchmarks/readings.py` does it."
+    lines = [
+        f"Readings of every completion token in vLLM {result['versions']['vllm']}: {result['sequences']} requests at "
+        f"once of {result['tokens']} tokens, a random model of {result['parameters'] / 1e6:.0f} M parameters in "
+        f"{result['dtype']}, {result['rounds']} rounds ({result['hardware']['cpu']}, {result['hardware']['threads']} "
+        f"threads, torch {result['versions']['torch']}; `{result['command']}`). The product with the encoder that the "
+        f"largest features take is {result['encoder_product_ms_median']:.2f} ms, "
+        f"{result['encoder_product_share']:.1%} of a decode step:",
+        "",
+        "| case | tokens/s | time of the batch, ratio (95 % interval) | of a decode step | aim |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for case in result["cases"]:
+        ratios = [_ratio(case[kind]) if case["base"] else "" for kind in ("batch_ratio", "step_ratio")]
+        base = f", to {case['base']}" if case["base"] else ""
+        aim = f"{1 + case['bound']:.3f}" if case["bound"] is not None else ""
+        lines.append(f"| {case['case']}{base} | {case['tokens_per_s']:.0f} | {ratios[0]} | {ratios[1]} | {aim} |")
+    return "\n".join(lines)
+
+
 def kernels(result: dict[str, Any] | None) -> str:
     if result is None:
         return "The Triton kernels were not measured: no GPU was at hand. `make gpu` measures them where there is one."
@@ -273,6 +295,7 @@ def calibrate(found: dict[str, Any] | None) -> str:
 SECTIONS: dict[str, Callable[[Any], str]] = {
     "attach_idle": attach_idle,
     "vllm_decode": vllm_decode,
+    "readings": readings,
     "peers": peers,
     "serve_vllm": served("serve_vllm", "`vllm serve` with the plugin"),
     "serve_demo": served("serve_demo", "the embedded server with the model that ships with the package"),

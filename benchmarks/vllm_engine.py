@@ -18,6 +18,8 @@ from random_model import HOOKED, plugin_config
 PER_LAYER = 2  # features that a program edits at each hooked layer
 PROMPT = 32
 TOKENS = 24
+NAMED = 8  # features that are read by name
+TOP = 5  # largest features that are read
 PLUGINS = {"plain": "", "plugin": "sae_steer", "lens": "activations"}
 
 
@@ -66,9 +68,18 @@ class Child:
 
 
 def engine(
-    kind: str, folder: Path, *, threads: int, sequences: int, dtype: str, eager: bool = False, lens: Path | None = None
+    kind: str,
+    folder: Path,
+    *,
+    threads: int,
+    sequences: int,
+    dtype: str,
+    eager: bool = False,
+    lens: Path | None = None,
+    wide: bool = False,
+    tokens: int = TOKENS,
 ) -> Child:
-    """Starts one of the kinds ``plain``, ``plugin`` and ``lens``."""
+    """Starts one of the kinds ``plain``, ``plugin`` (``wide``: with the wide SAE) and ``lens``."""
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # so that a step can be timed from within
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -82,17 +93,18 @@ def engine(
     if kind == "lens":
         environment["PYTHONPATH"] = os.pathsep.join([str(lens), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, __file__, kind, str(folder), "--sequences", str(sequences), "--dtype", dtype]
-    return Child([*command, "--eager"] if eager else command, environment)
+    command += ["--tokens", str(tokens), *(["--eager"] if eager else []), *(["--wide"] if wide else [])]
+    return Child(command, environment)
 
 
-def serve(kind: str, folder: Path, *, sequences: int, dtype: str, eager: bool) -> None:
+def serve(kind: str, folder: Path, *, sequences: int, dtype: str, eager: bool, wide: bool, tokens: int) -> None:
     """The other side of :class:`Child`."""
     import vllm
     from vllm import LLM, SamplingParams
 
     extra: dict[str, Any] = {}
     if kind == "plugin":
-        extra["additional_config"] = {"sae_steer": plugin_config(folder, max(32, sequences))}
+        extra["additional_config"] = {"sae_steer": plugin_config(folder, max(32, sequences), wide=wide)}
     llm = LLM(
         str(folder / "model"),
         dtype=dtype,
@@ -119,7 +131,7 @@ def serve(kind: str, folder: Path, *, sequences: int, dtype: str, eager: bool) -
     for line in sys.stdin:
         extras = [extra_args(kind, line.strip(), number, sequences, folder) for number in range(sequences)]
         params = [
-            SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, extra_args=extra)
+            SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, extra_args=extra)
             for extra in extras
         ]
         steps.clear()
@@ -129,14 +141,24 @@ def serve(kind: str, folder: Path, *, sequences: int, dtype: str, eager: bool) -
         check(kind, line.strip(), outputs)
         # The first steps hold prompts, and the last may hold less than the whole batch.
         step_ms = 1e3 * float(np.median(steps[4:-2]))
-        tokens = [list(output.outputs[0].token_ids) for output in outputs]
-        print("RESULT", json.dumps({"seconds": seconds, "step_ms": step_ms, "tokens": tokens}), flush=True)
+        found = [list(output.outputs[0].token_ids) for output in outputs]
+        print("RESULT", json.dumps({"seconds": seconds, "step_ms": step_ms, "tokens": found}), flush=True)
 
 
 def extra_args(kind: str, what: str, number: int, sequences: int, folder: Path) -> dict[str, Any] | None:
-    """What one request asks: ``plain``, ``one`` program for all, ``each`` its own, ``half`` of them, ``vector``."""
+    """What one request asks: ``plain``, ``one`` program for all, ``each`` its own, ``half`` of them, ``vector``.
+
+    Or it edits nothing, and reads of every token: ``named`` features, or the ``top`` ones of the wide SAE.
+    """
     if what == "plain" or (what == "half" and number % 2):
         return None
+    if what in ("named", "top"):
+        asked = (
+            {"sae": f"l{HOOKED[0]}", "features": list(range(NAMED))}
+            if what == "named"
+            else {"sae": "wide", "top_k": TOP}
+        )
+        return {"steering": {"readings": {**asked, "positions": "completion"}}}
     if what == "vector" and kind == "lens":
         from vllm_lens import SteeringVector
 
@@ -164,7 +186,15 @@ def check(kind: str, what: str, outputs: Any) -> None:
     """A case that did nothing must not be timed as one that did."""
     for number, output in enumerate(outputs):
         if kind == "plugin" and what != "plain" and not (what == "half" and number % 2):
-            applied = output.outputs[0].steering["applied"]
+            block = output.outputs[0].steering
+            if what in ("named", "top"):
+                [reading] = block["readings"]
+                told = reading["values" if what == "named" else "top"]
+                # The last token is never run through the model.
+                assert len(told) == len(output.outputs[0].token_ids), len(told)
+                assert all(len(entry) == (NAMED if what == "named" else TOP) for entry in told), reading
+                continue
+            applied = block["applied"]
             assert applied["fired"], applied
             assert len(applied["sites"]) == len(HOOKED), applied
 
@@ -175,9 +205,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--sequences", type=int, required=True)
     parser.add_argument("--dtype", required=True)
+    parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--eager", action="store_true")
-    options = parser.parse_args()
-    serve(options.kind, options.folder, sequences=options.sequences, dtype=options.dtype, eager=options.eager)
+    parser.add_argument("--wide", action="store_true")
+    options = vars(parser.parse_args())
+    serve(options.pop("kind"), options.pop("folder"), **options)
 
 
 if __name__ == "__main__":

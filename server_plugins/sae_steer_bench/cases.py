@@ -13,7 +13,11 @@ FEATURES = 8
 """Features that a program edits, over all its layers, where the case does not vary them."""
 LAYERS = 4
 """Layers that it edits, likewise."""
-QUICK = frozenset({"plain", "idle", "one", "programs_8", "programs_64", "half", "completion", "readings_top_k"})
+TOP = 5
+"""Largest features that are read of each token."""
+QUICK = frozenset(
+    {"plain", "idle", "one", "programs_8", "programs_64", "half", "completion", "readings_named", "readings_top_k"}
+)
 """The cases of ``--quick``."""
 
 
@@ -98,8 +102,10 @@ class Cases:
             self._layer_case(len(self._layers), "all"),
             self._case("prompt", "one program, prompt only", positions="prompt"),
             self._case("completion", "one program, completion only", positions="completion"),
-            self._readings("readings_named", f"readings of {FEATURES} named features", {"features": named}),
-            self._readings("readings_top_k", "readings of the 5 largest features", {"top_k": 5}),
+            self._readings(
+                "readings_named", f"readings of {FEATURES} named features", self._layers[0], {"features": named}
+            ),
+            self._largest(),
         ]
 
     def program(
@@ -161,8 +167,14 @@ class Cases:
             obstacle = f"all is {there} here, which is a case already"
         return self._with(key, label, (self.program(features=2 * min(layers, there), layers=layers),), obstacle)
 
-    def _readings(self, key: str, label: str, what: Mapping[str, object]) -> Case:
-        sae = self._layers[0]
+    def _largest(self) -> Case:
+        key, label = "readings_top_k", f"readings of the {TOP} largest features"
+        whole = next((sae for sae in self._server.saes if sae.whole), None)
+        if whole is None:
+            return Case(key, label, obstacle="the server holds no SAE whole (--whole), which this takes")
+        return self._readings(key, f"{label} of {whole.features}", whole, {"top_k": min(TOP, whole.features)})
+
+    def _readings(self, key: str, label: str, sae: SaeFacts, what: Mapping[str, object]) -> Case:
         obstacle = None if "readings" in self._server.features else "this server does not offer readings"
         body = {"readings": {"sae": sae.id, **what, "positions": "completion"}}
         return Case(key, label, (body,), obstacle=obstacle)

@@ -40,6 +40,7 @@ class SaeFacts(Record):
     site: str
     features: int
     fingerprint: str
+    whole: bool = Field(False, description="Whether its whole dictionary is held, which top_k takes.")
 
 
 class ServerFacts(Record):

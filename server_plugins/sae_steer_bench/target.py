@@ -45,7 +45,13 @@ def facts_of(server: Server, wanted: str | None) -> ServerFacts:
             version=_version(server),
             model=model,
             saes=[
-                SaeFacts(id=sae["id"], site=sae["site"], features=sae["features"], fingerprint=sae["fingerprint"])
+                SaeFacts(
+                    id=sae["id"],
+                    site=sae["site"],
+                    features=sae["features"],
+                    fingerprint=sae["fingerprint"],
+                    whole=sae["whole"],
+                )
                 for sae in saes
             ],
             limits={name: float(value) for name, value in table["limits"].items() if isinstance(value, int | float)},

@@ -21,7 +21,8 @@ def facts(layers: int, *, features: int = 1000, programs: int = 64, readings: bo
         version=None,
         model="m",
         saes=[
-            SaeFacts(id=f"s{n}", site=f"resid_post.{n}", features=features, fingerprint=str(n)) for n in range(layers)
+            SaeFacts(id=f"s{n}", site=f"resid_post.{n}", features=features, fingerprint=str(n), whole=n == layers - 1)
+            for n in range(layers)
         ],
         limits={"max_programs": programs},
         features=["readings"] if readings else [],
@@ -96,6 +97,16 @@ def test_what_cannot_be_measured_says_why() -> None:
     plan = found["programs_64"].plan()
     assert (plan.status, plan.reason) == ("skipped", why["programs_64"])
     assert cases(facts(1), concurrency=16)["programs_32"].obstacle.endswith("--concurrency 32")
+
+
+def test_the_largest_features_are_of_an_sae_that_is_held_whole() -> None:
+    server = facts(3)
+    case = cases(server)["readings_top_k"]
+    assert case.programs[0]["readings"]["sae"] == "s2"
+    assert case.label.endswith("of 1000")
+    none = server.model_copy(update={"saes": [sae.model_copy(update={"whole": False}) for sae in server.saes]})
+    assert "--whole" in str(cases(none)["readings_top_k"].obstacle)
+    assert cases(none)["readings_named"].obstacle is None
 
 
 def test_wide_programs_have_slots_of_their_own() -> None:
