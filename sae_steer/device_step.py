@@ -81,6 +81,7 @@ class DeviceStep:
         self._positions = torch.zeros(capacity, dtype=torch.int64, device=device)
         self._touched: Tensor | None = None
         self._used: list[int] = []  # buckets that have a run in the step
+        self._edits: list[bool] = []  # buckets that have one that edits
         self.reads: DeviceReads | None = None
         """What is read in the step; None = nothing."""
         self._arange = torch.arange(capacity, device=device)
@@ -111,6 +112,7 @@ class DeviceStep:
         tokens: Tensor,
         count: int,
         gathers: Gathers | None = None,
+        edits: Sequence[bool] | None = None,
     ) -> None:
         """Lays out a step.
 
@@ -121,8 +123,11 @@ class DeviceStep:
             tokens: ``[T]`` token ids, on the device.
             count: ``T``.
             gathers: What of each site's report is kept, of the tokens that are read; None = nothing is read.
+            edits: For each bucket, whether any of its requests edits: where none does, there is nothing to count; None
+                = all do.
         """
         self.clear()
+        self._edits = [True] * len(rows) if edits is None else list(edits)
         self._used = [number for number, own in enumerate(rows) if own.any()]
         if not self._used:
             return
@@ -163,6 +168,8 @@ class DeviceStep:
         if self.reads is not None:
             self.reads.gather(site, self.reports(site, rows))
         for bucket in buckets:
+            if not self._edits[bucket]:
+                continue
             if rows <= self.few:
                 self._edited[bucket].append(site)
             else:

@@ -148,11 +148,12 @@ class EditLayer:
                     topk_rank(
                         y, slots, active, table, whole.number, whole.enc, *scalars, ranks, read=read, residual=residual
                     )
-                reconstruct(
-                    y, slots, bits, active, table.slot_int, whole.number,
-                    whole.enc, whole.dec, whole.dec_bias, *scalars, base,
-                    scratch=drop.first(tokens) if drop is not None else None, read=read, residual=residual,
-                )  # fmt: skip
+                if tracing or self.tables.drops(number, whole):
+                    reconstruct(
+                        y, slots, bits, active, table.slot_int, whole.number,
+                        whole.enc, whole.dec, whole.dec_bias, *scalars, base,
+                        scratch=drop.first(tokens) if drop is not None else None, read=read, residual=residual,
+                    )  # fmt: skip
             feature_edit(
                 y, slots, bits, active, table, reports[number].first(tokens),
                 read=read, residual=residual, base=base, rank=ranks.rank if ranks is not None else None,

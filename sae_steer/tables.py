@@ -140,6 +140,7 @@ class SiteTables:
             for bucket in buckets
         )
         self.device = device
+        self._drops: dict[tuple[int, int], int] = {}  # by bucket and slot, whose error a program drops
         self.wholes = tuple(
             Whole.load(entry.sae, self._numbers[entry.sae.fingerprint], device) for entry in saes if entry.whole
         )
@@ -199,9 +200,14 @@ class SiteTables:
         """The whole dictionary of an SAE; raises ``KeyError`` where it is not held."""
         return next(whole for whole in self.wholes if whole.number == self._numbers[source])
 
+    def drops(self, bucket: int, whole: Whole) -> bool:
+        """Whether any slot of a bucket drops the error of a dictionary."""
+        return any(own == bucket and number == whole.number for (own, _), number in self._drops.items())
+
     def clear(self, bucket: int, slot: int) -> None:
         """Empties a slot: its program does nothing at this site."""
         self.tables[bucket].slot_int[slot] = 0
+        self._drops.pop((bucket, slot), None)
 
     def write(self, bucket: int, slot: int, part: SiteProgram, program: Program) -> None:
         """Writes a program's rows into a slot that no running token uses.
@@ -241,6 +247,9 @@ class SiteTables:
         table.slot_int[slot, SlotInt.ROWS] = used
         table.slot_int[slot, SlotInt.DROP_SELECT] = _mask(part.drop_selectors) if part.drop else 0
         table.slot_int[slot, SlotInt.DROP_SAE] = self._numbers[part.drop] if part.drop else -1
+        self._drops.pop((bucket, slot), None)
+        if part.drop:
+            self._drops[bucket, slot] = self._numbers[part.drop]
 
 
 def _by_source(rows: Sequence[Row]) -> dict[str, list[int]]:

@@ -9,12 +9,16 @@ from types import TracebackType
 from typing import Any, Self
 
 import httpx
-from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI
+from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient
 
 from sae_steer_bench.errors import LoadFailed
 from sae_steer_bench.load import Address, Work
 from sae_steer_bench.records import LoadPlan
 from sae_steer_bench.samples import Batch, Sample
+
+_IDLE_S = 2.0
+"""Connections that were idle for so long are not used again: servers close them after 5 seconds, as uvicorn does, and a
+request that meets that has no answer."""
 
 
 class OpenAILoad:
@@ -58,10 +62,16 @@ class OpenAILoad:
             raise LoadFailed(f"{address.url} ended a stream with an error: {error.message}") from error
 
     async def _measure(self, address: Address, work: Work, load: LoadPlan) -> Batch:
-        # Kept from measurement to measurement, so that no request waits for a connection.
+        # Kept where measurements follow one another, so that few requests wait for a connection.
         client = self._clients.get(address.url)
         if client is None:
-            client = AsyncOpenAI(base_url=f"{address.url}/v1", api_key=self._key, timeout=self._timeout, max_retries=0)
+            client = AsyncOpenAI(
+                base_url=f"{address.url}/v1",
+                api_key=self._key,
+                timeout=self._timeout,
+                max_retries=0,
+                http_client=DefaultAsyncHttpxClient(limits=httpx.Limits(keepalive_expiry=_IDLE_S)),
+            )
             self._clients[address.url] = client
         slots = asyncio.Semaphore(load.concurrency)
         bodies = [_body(address.model, work, number, prompt) for number, prompt in enumerate(work.prompts())]

@@ -90,6 +90,8 @@ class Follow:
     budget: ReadingBudget
     sums: Sums | None = None
     failure: SteerError | None = None
+    charged: tuple[int, int] = (0, 0)
+    """What of the reader's numbers the budget knows of."""
 
     @property
     def stopped(self) -> bool:
@@ -103,6 +105,8 @@ class Follow:
 
     def new_readings(self) -> list[dict[str, Any]] | None:
         """For each reading, the tokens that were not told yet; None where none is told token by token."""
+        if self.reader is not None:
+            self._charge(self.reader)
         return self.reader.new(self.frontend.catalog.name_of, self.text_of) if self.reader is not None else None
 
     def take(self, payload: Mapping[str, Any]) -> None:
@@ -117,11 +121,16 @@ class Follow:
 
     def _read(self, reader: Reader, values: NDArray[np.float64]) -> None:
         rows = values.reshape(-1, 2 + reader.width)
-        before, computed = reader.told, reader.computed
-        reader.take(rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64), rows[:, 2:])
+        if reader.take(rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64), rows[:, 2:]):
+            self._charge(reader)
+
+    def _charge(self, reader: Reader) -> None:
+        """Counts what was taken since the last time."""
+        told, computed = reader.told - self.charged[0], reader.computed - self.charged[1]
+        self.charged = reader.told, reader.computed
         try:
-            self.budget.take(reader.told - before, reader.computed - computed)
-            block_metrics().values(reader.told - before)
+            self.budget.take(told, computed)
+            block_metrics().values(told)
         except ReadingsExceeded as error:
             self.failure, self.reader = error, None
             if self.collector is not None:
@@ -129,6 +138,8 @@ class Follow:
 
     def finish(self, request: str, index: int) -> dict[str, Any]:
         """The block of a choice that has ended, which the collector gets too."""
+        if self.reader is not None and self.failure is None:
+            self._charge(self.reader)
         if self.failure is not None:
             block: dict[str, Any] = {"error": {"code": self.failure.code, "message": self.failure.message}}
             if self.collector is not None:

@@ -116,6 +116,7 @@ class _Batch:
         ends: Where each steered request's sums end, once they are gathered.
         errors: Requests that could not be steered.
         plan: What its requests have read; None = nothing.
+        edits: For each bucket, whether any of its requests edits.
     """
 
     requests: list[str]
@@ -125,6 +126,7 @@ class _Batch:
     ends: dict[str, int]
     errors: list[str]
     plan: ReadPlan | None
+    edits: list[bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +302,8 @@ class Worker:
         if self._batch is None or self._batch.requests != requests:
             self._batch = self._plan(requests)
         plan = self._batch.plan
-        self.step.fill(self._batch.rows, starts, positions, tokens, count, plan.gathers if plan is not None else None)
+        gathers = plan.gathers if plan is not None else None
+        self.step.fill(self._batch.rows, starts, positions, tokens, count, gathers, self._batch.edits)
         for editor in self.editors.values():
             editor.arm(self._batch.armed.get(editor.layer.site, _NONE))
         self._reads = StepReads(plan, self.step.reads) if plan is not None and self.step.reads is not None else None
@@ -314,6 +317,7 @@ class Worker:
         armed: dict[Site, set[int]] = {}
         columns_of: list[list[Tensor]] = [[] for _ in rows]
         ends: dict[str, int] = {}
+        edits = [False for _ in rows]
         end = 0
         # By bucket, as their sums are gathered.
         for bucket, table in enumerate(self.step.runs):
@@ -322,6 +326,7 @@ class Worker:
                 if run is None or run.slot.bucket != bucket:
                     continue
                 rows[bucket][i] = run.row
+                edits[bucket] |= run.program.edits is not None
                 columns_of[bucket].append(run.row * table.sums.shape[1] + run.columns)
                 end += len(run.columns)
                 ends[request] = end
@@ -335,6 +340,7 @@ class Worker:
             ends,
             [request for request in requests if request in self._errors],
             self._read_plan(requests),
+            edits,
         )
 
     def _read_plan(self, requests: Sequence[str]) -> ReadPlan | None:
@@ -357,9 +363,11 @@ class Worker:
         if touched is None or self._batch is None:
             return None
         parts: list[Tensor] = []
-        for table, own, used in zip(self.step.runs, self._batch.rows, self._batch.columns, strict=True):
+        batch = self._batch
+        for table, own, used, edits in zip(self.step.runs, batch.rows, batch.columns, batch.edits, strict=True):
             if used is not None:
-                table.judge(torch.from_numpy(own[own != 0]).to(table.device))
+                if edits:
+                    table.judge(torch.from_numpy(own[own != 0]).to(table.device))
                 parts.append(table.sums.view(-1)[used])
         sums = torch.cat(parts)
         if before is not None:

@@ -35,6 +35,11 @@ class ReadRun:
     bucket: int
     prompt_length: int
 
+    @property
+    def kind(self) -> tuple[str, int]:
+        """Runs of one kind have their numbers in the same places."""
+        return self.program.digest, self.bucket
+
 
 @dataclass(frozen=True, slots=True)
 class _Largest:
@@ -52,6 +57,19 @@ class _Largest:
 
 
 @dataclass(frozen=True, slots=True)
+class _Cut:
+    """How a request's rows come out of a step's matrix, where each of their columns is one of the matrix's.
+
+    Args:
+        columns: ``[W]`` which.
+        less: ``[W]`` what is taken off: numbers of features are one too large there.
+    """
+
+    columns: NDArray[np.int64]
+    less: Floats
+
+
+@dataclass(frozen=True, slots=True)
 class ReadPlan:
     """What does not change while the batch holds the same requests.
 
@@ -65,6 +83,7 @@ class ReadPlan:
         columns: By bucket and site, the first column of f; that of f' is as many further as there are rows.
         largest: By site and SAE.
         width: ``C``.
+        cuts: By program; None = its rows take more than a choice of columns.
     """
 
     runs: list[ReadRun]
@@ -74,6 +93,7 @@ class ReadPlan:
     largest: Mapping[tuple[Site, str], _Largest]
     width: int
     sites: tuple[Site, ...]
+    cuts: Mapping[tuple[str, int], _Cut | None]
 
     @classmethod
     def make(
@@ -106,7 +126,42 @@ class ReadPlan:
         largest: dict[tuple[Site, str], _Largest] = {}
         for key, (k, own) in masks.items():
             largest[key], width = _Largest(width, k, torch.from_numpy(own).to(device)), width + 2 * k
-        return cls(runs, gathers, places, columns, largest, width, sites)
+        firsts = {(bucket, sites[number]): first for (bucket, number), first in columns.items()}
+        cuts: dict[tuple[str, int], _Cut | None] = {}
+        for run in runs:
+            if run.kind not in cuts:
+                cuts[run.kind] = _cut(run, places[run.bucket], firsts, largest)
+        return cls(runs, gathers, places, columns, largest, width, sites, cuts)
+
+
+def _cut(
+    run: ReadRun,
+    places: Mapping[Site, Sequence[int]],
+    firsts: Mapping[tuple[int, Site], int],
+    largest: Mapping[tuple[Site, str], _Largest],
+) -> _Cut | None:
+    """The columns of a program's rows, as :func:`~sae_steer.read_rows.read_rows` would fill them."""
+    program = run.program
+    if any(reading.top_k and reading.after for reading in program.readings):
+        return None  # the largest after the edits are found among the largest before them
+    columns: list[int] = []
+    numbers: set[int] = set()  # columns of the rows that hold numbers of features
+
+    def named(site: Site, rows: Sequence[int], *, after: bool) -> None:
+        have, first = places[site], firsts[run.bucket, site]
+        columns.extend(first + after * len(have) + have.index(row) for row in rows)
+
+    for reading in program.readings:
+        if reading.rows:
+            named(reading.site, reading.rows, after=reading.after)
+        if reading.top_k:
+            found = largest[reading.site, reading.source]
+            numbers.update(range(len(columns), len(columns) + reading.top_k))
+            for first in (found.first, found.first + found.k):
+                columns.extend(range(first, first + reading.top_k))
+    for trigger in program.triggers:
+        named(trigger.site, [trigger.row], after=False)
+    return _Cut(np.array(columns, dtype=np.int64), np.array([float(i in numbers) for i in range(len(columns))]))
 
 
 @dataclass(slots=True)
@@ -161,19 +216,33 @@ class StepReads:
         found: dict[str, Floats] = {}
         stops: list[str] = []
         broken: list[str] = []
-        for run in self.plan.runs:
-            own = (request == run.number).nonzero()[0]
-            if len(own):
-                rows = self._rows(run, values[own])
-                if not np.isfinite(rows).all():
-                    broken.append(run.name)
-                    continue
-                found[run.name] = np.column_stack([positions[own], ids[own], rows])
-                if _stops(run, positions[own], rows):
-                    stops.append(run.name)
+        finite = bool(np.isfinite(values).all())
+        heads = np.stack([positions, ids], axis=1)
+        # Where all ask the same, their rows are made at once.
+        everybody = self._rows(self.plan.runs[0], heads, values) if len(self.plan.cuts) == 1 else None
+        # A request's tokens lie together, in the order of the batch.
+        numbers = np.array([run.number for run in self.plan.runs])
+        bounds = np.searchsorted(request, np.stack([numbers, numbers + 1], axis=1)).tolist()
+        for run, (first, end) in zip(self.plan.runs, bounds, strict=True):
+            if first == end:
+                continue
+            own = slice(first, end)
+            rows = everybody[own] if everybody is not None else self._rows(run, heads[own], values[own])
+            if not finite and not np.isfinite(rows).all():
+                broken.append(run.name)
+                continue
+            found[run.name] = rows
+            if run.program.triggers and _stops(run, positions[first:end], rows[:, 2:]):
+                stops.append(run.name)
         return found, stops, broken
 
-    def _rows(self, run: ReadRun, values: Floats) -> Floats:
+    def _rows(self, run: ReadRun, heads: NDArray[np.int64], values: Floats) -> Floats:
+        """``[n, 2 + W]`` of some tokens of a run, or of others of its kind; ``heads [n, 2]`` go before them."""
+        cut = self.plan.cuts[run.kind]
+        rows = self._exact_rows(run, values) if cut is None else values[:, cut.columns] - cut.less
+        return np.concatenate([heads, rows], axis=1)
+
+    def _exact_rows(self, run: ReadRun, values: Floats) -> Floats:
         before: dict[Site, Floats] = {}
         after: dict[Site, Floats] = {}
         places = self.plan.places[run.bucket]

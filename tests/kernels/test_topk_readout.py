@@ -12,9 +12,14 @@ CHECKS = [check for name, check in vars(properties).items() if name.startswith("
 FLAGS = [torch.tensor(True), torch.tensor(False)]
 
 
+@pytest.mark.parametrize("name", ["torch", "numba"])
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_properties(check) -> None:
-    check("torch", CPU)
+def test_properties(check, name: str) -> None:
+    check(name, CPU)
+
+
+def test_a_cpu_takes_what_is_compiled() -> None:
+    assert TOPK_READOUT.provider(CPU) == "numba"  # it comes with what the tests need
 
 
 @pytest.mark.parametrize("active", FLAGS, ids=["active", "idle"])

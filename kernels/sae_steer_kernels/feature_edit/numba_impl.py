@@ -58,10 +58,15 @@ def _remembers() -> bool:
 
 
 # Sums may be taken in any order, which is what lets them use vectors; NaN and infinity keep their meaning.
-_compile = {"cache": _remembers(), "nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract"}}
+compiling: dict[str, Any] = {
+    "cache": _remembers(),
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"reassoc", "contract"},
+}
 
 
-@numba.njit([float32(float32[::1], float32[::1])], **_compile)
+@numba.njit([float32(float32[::1], float32[::1])], **compiling)
 def _dot(a: Any, b: Any) -> Any:
     total = np.float32(0)
     for i in range(a.size):
@@ -69,13 +74,13 @@ def _dot(a: Any, b: Any) -> Any:
     return total
 
 
-@numba.njit([void(float32[::1], float32, float32[::1])], **_compile)
+@numba.njit([void(float32[::1], float32, float32[::1])], **compiling)
 def _add(total: Any, factor: Any, values: Any) -> None:
     for i in range(total.size):
         total[i] += factor * values[i]
 
 
-@numba.njit([float64(float32[::1])], **_compile)
+@numba.njit([float64(float32[::1])], **compiling)
 def _length(a: Any) -> Any:
     total = 0.0
     for i in range(a.size):
@@ -83,7 +88,7 @@ def _length(a: Any) -> Any:
     return math.sqrt(total)
 
 
-@numba.njit(**_compile)
+@numba.njit(**compiling)
 def _moments(x: Any) -> Any:
     """Mean and unbiased standard deviation."""
     mean = 0.0
@@ -96,7 +101,7 @@ def _moments(x: Any) -> Any:
     return mean, math.sqrt(spread / (x.size - 1))
 
 
-@numba.njit(**_compile)
+@numba.njit(**compiling)
 def _gain(f: Any, width: Any, values: Any) -> Any:
     if f == 0 or not width > 0 or not math.isfinite(f):
         return 1.0
@@ -107,8 +112,9 @@ def _gain(f: Any, width: Any, values: Any) -> Any:
     return values[low] + (values[high] - values[low]) * (place - low)
 
 
-@numba.njit(**_compile)
-def _activation(pre: Any, floats: Any, ints: Any, rank: Any) -> Any:
+@numba.njit(**compiling)
+def activation(pre: Any, floats: Any, ints: Any, rank: Any) -> Any:
+    """Of a pre-activation, with the scalars of its feature and the number of features above it."""
     act = ints[_ACT]
     if act == _IDENTITY:
         return pre
@@ -124,7 +130,7 @@ def _activation(pre: Any, floats: Any, ints: Any, rank: Any) -> Any:
     return f
 
 
-@numba.njit(**_compile)
+@numba.njit(**compiling)
 def _edited(f: Any, floats: Any, ints: Any, gain: Any, length: Any) -> Any:
     unit = length if ints[_UNITS] != 0 else 1.0
     low, high = floats[_LO], floats[_HI]
@@ -152,7 +158,7 @@ def _edited(f: Any, floats: Any, ints: Any, gain: Any, length: Any) -> Any:
             float32[:, ::1], float32[:, ::1], float32[:, ::1], int32[:, ::1], float32,
         )
     ],
-    **_compile,
+    **compiling,
 )  # fmt: skip
 def _edit(
     y: Any, slots: Any, bits: Any,
@@ -193,7 +199,7 @@ def _edit(
                 if norm == _LAYER_NORM:
                     pre /= std + LAYER_NORM_EPS
             ranked = rank[t, r] if rank.shape[0] else 0
-            before[t, r] = _activation(np.float32(pre + floats[_BIAS]), floats, ints, ranked)
+            before[t, r] = activation(np.float32(pre + floats[_BIAS]), floats, ints, ranked)
         delta[:] = 0
         touched = False
         for r in range(rows):

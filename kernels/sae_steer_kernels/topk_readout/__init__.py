@@ -4,6 +4,7 @@ It needs the encode of the whole dictionary, so only tokens that are read pay fo
 themselves, one for each feature of each token, are not kept anywhere.
 """
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Self
 
@@ -16,6 +17,8 @@ from sae_steer_kernels.topk_readout.generate import generate
 from sae_steer_kernels.topk_readout.layout import GROUP
 from sae_steer_kernels.topk_readout.reference import topk_readout_reference
 from sae_steer_kernels.topk_readout.torch_impl import topk_readout_torch
+
+_NUMBA = "sae_steer_kernels.topk_readout.numba_impl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +152,15 @@ TOPK_READOUT = Op(
     reference=topk_readout_reference,
     implementations={
         "torch": topk_readout_torch,
+        "numba": lazily(_NUMBA, "topk_readout_numba"),
         "triton": lazily("sae_steer_kernels.topk_readout.triton_impl", "topk_readout_triton"),
     },
-    by_device={"cpu": "torch", "cuda": "triton"},
+    # Numba comes with vLLM.
+    by_device={"cpu": "numba" if importlib.util.find_spec("numba") else "torch", "cuda": "triton"},
     # Error of an activation, as a share of the larger terms of its sum: float32, 24 bits an operation, some thousand
     # operations, errors of random sign. Features that are nearer to each other than that may change places.
     tolerances=dict.fromkeys((torch.float32, torch.float16, torch.bfloat16, torch.float64), 4e-6),
-    supports={"triton": _triton_takes},
+    supports={"numba": lazily(_NUMBA, "supports"), "triton": _triton_takes},
     generate=generate,
     host_free=frozenset({"triton"}),
 )
