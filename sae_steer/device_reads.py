@@ -1,11 +1,12 @@
-"""The tokens of one step that are read, on the device: which they are, and what every site reported of them."""
+"""The tokens of one step that are read, on the device: which they are, and what every site reports of them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Self
 
 from torch import Tensor
 
+from sae_steer.read_store import ReadStore
 from sae_steer_kernels import EditBuffers
 
 Gathers = Mapping[tuple[int, int], Tensor]
@@ -23,6 +24,7 @@ class DeviceReads:
         positions: ``[n]`` int64, absolute.
         ids: ``[n]`` int64 token ids.
         bits: ``[n]`` int32 selectors.
+        store: Where f ``[n, R]`` goes, under ``("f", bucket, site)``, and f' under ``("f'", bucket, site)``.
     """
 
     gathers: Gathers
@@ -31,12 +33,18 @@ class DeviceReads:
     positions: Tensor
     ids: Tensor
     bits: Tensor
-    found: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """By bucket and site, f and f' of the rows that are kept, ``[n, R]`` each."""
+    store: ReadStore
 
     @classmethod
     def of(
-        cls, gathers: Gathers, wanted: Tensor, request: Tensor, positions: Tensor, ids: Tensor, bits: Tensor
+        cls,
+        gathers: Gathers,
+        wanted: Tensor,
+        request: Tensor,
+        positions: Tensor,
+        ids: Tensor,
+        bits: Tensor,
+        store: ReadStore,
     ) -> Self | None:
         """From ``wanted [T]`` bool and what a step knows of its tokens, ``[T]`` each; None where none is wanted.
 
@@ -45,12 +53,12 @@ class DeviceReads:
         tokens = wanted.nonzero().squeeze(1)
         if not len(tokens):
             return None
-        return cls(gathers, tokens, request[tokens], positions[tokens], ids[tokens], bits[tokens])
+        return cls(gathers, tokens, request[tokens], positions[tokens], ids[tokens], bits[tokens], store)
 
     def gather(self, site: int, reports: Sequence[EditBuffers]) -> None:
         """Keeps what a site has reported, before another site reports to the same place."""
         for (bucket, number), rows in self.gathers.items():
             if number == site:
                 own = reports[bucket]
-                here = self.tokens[:, None], rows
-                self.found[bucket, site] = own.before[here], own.after[here]
+                self.store.gather(("f", bucket, site), own.before, self.tokens, rows)
+                self.store.gather(("f'", bucket, site), own.after, self.tokens, rows)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sae_steer.device_reads import DeviceReads, Gathers
 from sae_steer.program import Program
+from sae_steer.read_store import ReadStore
 from sae_steer.runs import RunTable
 from sae_steer.sites import Site
 from sae_steer.slots import Bucket
@@ -84,6 +85,7 @@ class DeviceStep:
         self._edits: list[bool] = []  # buckets that have one that edits
         self.reads: DeviceReads | None = None
         """What is read in the step; None = nothing."""
+        self._store = ReadStore(widest=max(bucket.rows for bucket in buckets), device=device)
         self._arange = torch.arange(capacity, device=device)
 
     @property
@@ -92,7 +94,8 @@ class DeviceStep:
         shared = [self.bits, self._positions, self._arange]
         mine = [*shared, *self.slots, *self._by_token, *self._rows, *self._selects]
         mine += [t for groups in self.groups for t in (groups.order, groups.tiles)]
-        return sum(t.nbytes for t in mine) + sum(b.nbytes for b in (*self._few, *self._many))
+        reports = sum(b.nbytes for b in (*self._few, *self._many))
+        return sum(t.nbytes for t in mine) + reports + self._store.nbytes
 
     def load(self, bucket: int, slot: int, program: Program) -> None:
         """Tells a slot on which tokens its program's rows hold."""
@@ -157,7 +160,8 @@ class DeviceStep:
         assert bits is not None  # there is a bucket in use
         self.bits[:count] = bits
         if gathers is not None and wanted is not None:
-            self.reads = DeviceReads.of(gathers, wanted, request, positions, tokens, bits)
+            self._store.clear()
+            self.reads = DeviceReads.of(gathers, wanted, request, positions, tokens, bits, self._store)
 
     def reports(self, site: int, rows: int) -> tuple[EditBuffers, ...]:
         """Where a site's edit reports, for each bucket, in a forward pass of so many rows."""

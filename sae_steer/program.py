@@ -70,7 +70,12 @@ class Selector:
             case Phase.COMPLETION:
                 return tokens - prompt
             case Phase.RANGES:
-                return sum(max(min(end, tokens) - start, 0) for start, end in self.ranges)
+                counted = end_of_last = 0
+                for start, end in sorted(self.ranges):
+                    start, end = max(start, end_of_last), min(end, tokens)
+                    if start < end:
+                        counted, end_of_last = counted + end - start, end
+                return counted
 
     def holds(self, positions: NDArray[np.int64], tokens: NDArray[np.int64], prompt_length: int) -> NDArray[np.bool_]:
         """Whether an edit holds on each token, its feature gate aside.

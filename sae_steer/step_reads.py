@@ -74,7 +74,7 @@ class StepReads:
     def finish(self) -> None:
         """Hands everything over to the requests' readers."""
         for key, readout, runs in self._pending:
-            ids, values = readout.ids.cpu().numpy(), readout.values.cpu().numpy()
+            ids, values = readout.found()
             first = 0
             for reads, here in runs:
                 own = slice(first, first + len(here))

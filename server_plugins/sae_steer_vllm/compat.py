@@ -443,7 +443,7 @@ def _worker(runner: Any, config: PluginConfig) -> Worker:
     # vLLM finds a compiled graph again by its configuration, which does not tell the sites that SAEs' files state.
     runner.vllm_config.additional_config[SITES] = [str(site) for site in worker.sites]
     hooked = ", ".join(str(site) for site in worker.hooked) or "none in this stage"
-    logger.info("Steering: %s; %.1f MiB of tables and maps.", hooked, worker.nbytes / 2**20)
+    logger.info("Steering: %s; %.1f MiB of tables, maps and memory for readings.", hooked, worker.nbytes / 2**20)
     return worker
 
 
@@ -523,7 +523,9 @@ def _execute_model(
     if isinstance(result, IntermediateTensors):
         if done is not None:
             tensors = zip(CARRIED, (done.sums, done.touched, done.reads), strict=True)
-            result.tensors.update((name, tensor) for name, tensor in tensors if tensor is not None)
+            # Where the hidden states are: parts of them may be sent by the processes of tensor parallelism.
+            there = done.sums.device
+            result.tensors.update((name, tensor.to(there)) for name, tensor in tensors if tensor is not None)
     else:
         self._sae_steer_done = worker.snapshot(done)
     return result

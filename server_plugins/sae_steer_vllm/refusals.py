@@ -140,6 +140,14 @@ REFUSALS: tuple[SetupRefusal, ...] = (
         "leave it out",
     ),
     SetupRefusal(
+        # Only where it is asked for: by itself vLLM leaves it off there.
+        "--async-scheduling with --pipeline-parallel-size and the V1 model runner",
+        ("scheduler_config.async_scheduling", "parallel_config.pipeline_parallel_size", "use_v2_model_runner"),
+        lambda ahead, stages, second: ahead and _many(stages) and not second,
+        "vLLM does not support it, and a token could be read that the engine then throws away",
+        "leave out --async-scheduling",
+    ),
+    SetupRefusal(
         "--kv-sharing-fast-prefill",
         ("cache_config.kv_sharing_fast_prefill",),
         bool,

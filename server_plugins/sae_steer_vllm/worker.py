@@ -26,7 +26,7 @@ from sae_steer_kernels import traced, warm_up
 from sae_steer_vllm.channel import PROGRAM, SLOT, Snapshot
 from sae_steer_vllm.harvest import Harvest
 from sae_steer_vllm.hooks import install
-from sae_steer_vllm.worker_reads import ReadPlan, StepReads, read_runs
+from sae_steer_vllm.worker_reads import ReadPlan, StepReads, read_runs, readout_space
 
 _NONE: frozenset[int] = frozenset()
 
@@ -136,7 +136,7 @@ class Carried:
     Args:
         sums: ``[N]`` float64, the sums of the step's steered requests, one after the other.
         touched: ``[T]`` bool, the tokens that were touched at any site.
-        reads: ``[n, C]`` float64, what was read; None = nothing.
+        reads: ``[n, C]`` float64, what was read, on the CPU but for the way to the next stage; None = nothing.
     """
 
     sums: Tensor
@@ -203,6 +203,8 @@ class Worker:
             )
             self.editors[name] = Editor(number, EditLayer(tables, self.step, reports=False), self.step)
             self.hooked.append(site)
+        wholes = [whole for editor in self.editors.values() for whole in editor.layer.tables.wholes]
+        self._space = readout_space(wholes, limits, shape.device)
         warm_up(shape.device, shape.dtype)
         self._runs: dict[str, _Run] = {}
         self._loaded: dict[Slot, str] = {}
@@ -216,8 +218,9 @@ class Worker:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tables and maps."""
-        return self.step.nbytes + sum(editor.layer.tables.nbytes for editor in self.editors.values())
+        """Bytes of all tables and maps, and of what is read through."""
+        space = self._space.nbytes if self._space is not None else 0
+        return self.step.nbytes + space + sum(editor.layer.tables.nbytes for editor in self.editors.values())
 
     def describe(self) -> dict[str, Any]:
         """What this worker has, for the front end to compare with what it thinks."""
@@ -306,8 +309,9 @@ class Worker:
         self.step.fill(self._batch.rows, starts, positions, tokens, count, gathers, self._batch.edits)
         for editor in self.editors.values():
             editor.arm(self._batch.armed.get(editor.layer.site, _NONE))
-        self._reads = StepReads(plan, self.step.reads) if plan is not None and self.step.reads is not None else None
-        if self._reads is not None:
+        self._reads = None
+        if plan is not None and self.step.reads is not None:
+            self._reads = StepReads(plan, self.step.reads, self._space)
             for editor in self.editors.values():
                 self._reads.arm(editor.layer)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -11,10 +12,13 @@ from torch import Tensor
 
 from sae_steer.device_reads import DeviceReads, Gathers
 from sae_steer.edit_layer import EditLayer
+from sae_steer.limits import Limits
 from sae_steer.program import Program
 from sae_steer.read_rows import Floats, Tops, layout, needed_rows, read_rows, whole_reads
-from sae_steer.readout import Readout
+from sae_steer.readout import Readout, ReadoutSpace
+from sae_steer.schema import MAX_TOP_K
 from sae_steer.sites import Site
+from sae_steer.tables import Whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +175,13 @@ class StepReads:
     Args:
         plan: The plan.
         reads: The tokens.
+        space: What whole dictionaries are read in; None = none is held whole.
     """
 
     plan: ReadPlan
     reads: DeviceReads
-    _readouts: list[tuple[_Largest, Tensor, Readout]] = field(default_factory=list)
+    space: ReadoutSpace | None
+    _asks: dict[tuple[Site, str], Tensor] = field(default_factory=dict)
 
     def arm(self, layer: EditLayer) -> None:
         """Tells a site what must be read there of its whole dictionaries."""
@@ -185,25 +191,34 @@ class StepReads:
                 continue
             asks = ((self.reads.bits & largest.masks[self.reads.request]) != 0).nonzero().squeeze(1)
             if len(asks):
-                readout = Readout(layer.tables.whole_of(source), largest.k, self.reads.tokens[asks])
-                self._readouts.append((largest, asks, readout))
-                found.append(readout)
+                self._asks[site, source] = asks
+                keep = partial(self._keep, site, source)
+                whole, tokens = layer.tables.whole_of(source), self.reads.tokens[asks]
+                found.append(Readout(whole, largest.k, tokens, self.space, keep))
         layer.readouts = tuple(found)
 
+    def _keep(self, site: Site, source: str, ids: Tensor, values: Tensor) -> None:
+        store = self.reads.store
+        store.keep(("ids", site, source), ids)
+        store.keep(("top", site, source), values)
+
     def matrix(self, before: Tensor | None) -> Tensor:
-        """``[n, C]`` float64 of this process, and of those ``before`` it in a pipeline."""
-        n, device = len(self.reads.tokens), self.reads.tokens.device
-        found = torch.zeros(n, self.plan.width, dtype=torch.float64, device=device)
-        for place, (f, after) in self.reads.found.items():
-            first, rows = self.plan.columns[place], f.shape[1]
-            found[:, first : first + rows] = f.double()
-            found[:, first + rows : first + 2 * rows] = after.double()
-        for largest, asks, readout in self._readouts:
+        """``[n, C]`` float64 on the CPU, of this process and of those ``before`` it in a pipeline."""
+        n = len(self.reads.tokens)
+        found, kept = np.zeros((n, self.plan.width)), self.reads.store.take()
+        for (bucket, site), first in self.plan.columns.items():
+            f, after = (kept.get((kind, bucket, site)) for kind in ("f", "f'"))
+            if f is not None and after is not None:
+                rows = f.shape[1]
+                found[:, first : first + rows], found[:, first + rows : first + 2 * rows] = f, after
+        for key, asks in self._asks.items():
+            largest, here = self.plan.largest[key], asks.cpu().numpy()
             first, k = largest.first, largest.k
             # One more than the number, so that a process that does not have the site adds nothing to it.
-            found[asks, first : first + k] = readout.ids.double() + 1
-            found[asks, first + k : first + 2 * k] = readout.values.double()
-        return found if before is None else found + before.to(device)
+            found[here, first : first + k] = kept["ids", *key] + 1.0
+            found[here, first + k : first + 2 * k] = kept["top", *key]
+        made = torch.from_numpy(found)
+        return made if before is None else made + before.cpu()
 
     def split(self, matrix: Tensor) -> tuple[dict[str, Floats], list[str], list[str]]:
         """Every request's rows, ``[m, 2 + W]``: position, token id, and the columns of :func:`layout`.
@@ -211,7 +226,7 @@ class StepReads:
         Returns:
             These, the requests that a trigger ends, and those that must end because a value is not finite.
         """
-        reads, values = self.reads, matrix.cpu().numpy()
+        reads, values = self.reads, matrix.numpy()
         request, positions, ids = (t.cpu().numpy() for t in (reads.request, reads.positions, reads.ids))
         found: dict[str, Floats] = {}
         stops: list[str] = []
@@ -276,3 +291,15 @@ def read_runs(requests: Sequence[str], programs: Mapping[str, tuple[Program, int
         for number, name in enumerate(requests)
         if name in programs and programs[name][0].reads
     ]
+
+
+def readout_space(wholes: Sequence[Whole], limits: Limits, device: torch.device) -> ReadoutSpace | None:
+    """What all of a worker's whole dictionaries are read in; None where it has none.
+
+    It is there from the start, so that an engine that measures its memory sees it. An edit can take a feature out of
+    the largest, so that after the edits of a program as many more may have to be found.
+    """
+    if not wholes:
+        return None
+    shapes = [(whole.enc.shape[0], whole.enc.shape[1]) for whole in wholes]
+    return ReadoutSpace(shapes, usual_k=MAX_TOP_K, most_k=MAX_TOP_K + limits.widest, device=device)

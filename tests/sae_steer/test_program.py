@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -58,6 +59,21 @@ def literal(selector: Selector, position: int, token: int, prompt_length: int) -
         case _:
             at = any(start <= position < end for start, end in selector.ranges)
     return at and token != selector.skip_token and (selector.token_in is None or token in selector.token_in)
+
+
+anywhere = st.builds(
+    Selector,
+    st.just(Phase.RANGES),
+    st.lists(st.tuples(st.integers(-6, 30), st.integers(-6, 30)), max_size=5).map(tuple),
+)
+
+
+@given(selectors | anywhere, st.integers(0, 20), st.integers(0, 24))
+def test_the_count_is_that_of_the_positions(selector: Selector, tokens: int, prompt_length: int) -> None:
+    """Ranges that overlap, that begin before the first position or end behind the last, that hold nothing."""
+    bare = replace(selector, skip_token=None, token_in=None)
+    literally = sum(literal(bare, position, 0, prompt_length) for position in range(tokens))
+    assert selector.count(tokens, prompt_length) == literally
 
 
 def test_the_last_prompt_token_belongs_to_the_completion() -> None:

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 import sae_steer
-from sae_steer.catalog import Catalog
+from sae_steer import readings
+from sae_steer.catalog import Catalog, CatalogSae
 from sae_steer.errors import NonFinite, SchemaError, Unsupported
 from sae_steer.inprocess import Steer
 from sae_steer.limits import Limits
 from sae_steer.program import Program
 from sae_steer.read_rows import layout, merged_top
-from sae_steer.readings import Reader, extend, reading_values
+from sae_steer.readings import Reader, computed_values, extend, reading_values
 from sae_steer.reference import encode
 from sae_steer.sae import open_sae
 from sae_steer.wire import check, parse, to_text
@@ -162,6 +163,77 @@ def test_the_largest_after_the_edits(f: list[int], edits: dict[int, int], k: int
     assert pairs == largest(before | edits, k)
 
 
+def test_what_is_only_summed_up_is_counted_too(program: Program) -> None:
+    """The third reading sends nothing of its tokens; each token is counted with all that a row of it holds."""
+    silent = replace(program, readings=tuple(replace(r, per_token=False) for r in program.readings))
+    width = layout(program)[2]
+    assert width == 2 + (1 + 2 * 3) + 1 + 2
+    for prompt, new in ((1, 1), (4, 6), (9, 3)):
+        tokens = prompt + new - 1
+        assert reading_values(silent, prompt, new) == 0
+        assert computed_values(silent, prompt, new) == computed_values(program, prompt, new) == tokens * width
+        reader = Reader(silent, prompt)
+        reader.take(np.arange(tokens), np.zeros(tokens, np.int64), rows_for(silent, tokens, 1))
+        assert reader.computed == tokens * width
+    last = replace(program, readings=(program.readings[1],), triggers=())
+    assert computed_values(last, 5, 3) == 3 * (1 + 2 * 3), "the prompt's last token and two more"
+
+
+class ForgetsTies(readings._Top):
+    """Takes the last of equals for where a feature was largest."""
+
+    def add(self, positions: Any, ids: Any, values: Any) -> None:
+        super().add(positions[::-1], ids[::-1], values[::-1])
+
+
+tokens_of_top = st.lists(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(1, 3)), max_size=3, unique_by=lambda pair: pair[0]), min_size=1
+)
+
+
+def judge_top(top: Any, steps: list[list[list[tuple[int, int]]]], k: int) -> None:
+    """Compares the sums of some steps' tokens, each with the features that it has, with a loop over all of them."""
+    seen: dict[int, list[tuple[int, int]]] = {}
+    position = 10
+    for step in steps:
+        ids, values = np.full((len(step), 3), -1.0), np.zeros((len(step), 3))
+        first = position
+        for row, features in enumerate(step):
+            for column, (feature, value) in enumerate(sorted(features, key=lambda pair: (-pair[1], pair[0]))):
+                ids[row, column], values[row, column] = feature, value
+                seen.setdefault(feature, []).append((position, value))
+            position += 1
+        top.add(np.arange(first, position), ids, values)
+    count, last = position - 10, position - 1
+    wanted = []
+    for feature, found in seen.items():
+        largest = max(value for _, value in found)
+        wanted.append(
+            {
+                "feature": feature,
+                "max": largest,
+                "argmax": next(at for at, value in found if value == largest),
+                "mean": sum(value for _, value in found) / count,
+                "last": dict(found).get(last, 0.0),
+                "fired": len(found) / count,
+                "tokens": count,
+            }
+        )
+    wanted.sort(key=lambda entry: (-entry["max"], entry["feature"]))
+    assert top.entries(count, k, last) == wanted[:k]
+
+
+@settings(max_examples=150)
+@given(steps=st.lists(tokens_of_top, min_size=1, max_size=3), k=st.integers(1, 4))
+def test_the_largest_are_summed_up_as_a_loop_would(steps: list[list[list[tuple[int, int]]]], k: int) -> None:
+    judge_top(readings._Top(), steps, k)
+
+
+def test_the_loop_tells_the_first_of_equals() -> None:
+    with pytest.raises(AssertionError):
+        judge_top(ForgetsTies(), [[[(1, 2)], [(1, 2), (3, 2)]]], 2)
+
+
 # ------------------------------------------------------------------------------------------- between processes
 
 
@@ -170,6 +242,21 @@ def test_a_program_that_reads_survives_the_wire(program: Program, catalog: Catal
     assert again == program
     assert again.digest == program.digest
     check(again, catalog, Limits(), SITES)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_file_that_is_twice_in_the_catalog_and_held_whole_once(first: bool, tmp_path: Path) -> None:
+    """Whichever of its two names comes last: the dictionary is there."""
+    write_saelens(tmp_path, d_in=HIDDEN, hook_name="blocks.1.hook_resid_post")
+    sae = open_sae(tmp_path)
+    both = [CatalogSae.make("held", sae, whole=True), CatalogSae.make("rows", sae)]
+    catalog = Catalog(both if first else both[::-1], [])
+    asked = compile_doc({"readings": {"sae": "held", "top_k": 3}}, catalog, capabilities=ANYTHING)
+    assert asked is not None
+    check(asked, catalog, Limits(), SITES)
+    part = Catalog([CatalogSae.make("rows", sae)], [])
+    with pytest.raises(SchemaError, match="more of a dictionary than there is"):
+        check(asked, part, Limits(), SITES)
 
 
 CORRUPT: dict[str, Any] = {

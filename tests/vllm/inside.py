@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sae_steer.token_texts import TokenTexts
 from tests.vllm.engine_script import Answer, Ask, Json, answers_of, empty_cache, scheduler_of, start_llm
 
 
@@ -142,6 +143,25 @@ def aborted(llm: Any, asked: Sequence[Ask], gone: Sequence[int], later: Sequence
     for ask in later:
         stepper.add(ask)
     return stepper.finish()
+
+
+def emptied(llm: Any, asked: Sequence[Ask], every: int) -> Stepped:
+    """Answers requests that are sent together; every so many steps the prefix cache is emptied under them."""
+    stepper = Stepper(llm, asked)
+    while llm.llm_engine.has_unfinished_requests():
+        for _ in range(every):
+            stepper.step()
+        llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+    return stepper.finish()
+
+
+def token_texts(llm: Any, folder: str, text: str) -> list[str]:
+    """The texts of a text's tokens, by vLLM's own class for the tokenizer of Mistral's that is in a folder."""
+    from vllm.tokenizers.mistral import MistralTokenizer
+
+    tokenizer: Any = MistralTokenizer.from_pretrained(folder)
+    texts = TokenTexts(tokenizer)
+    return [texts.text(token) for token in tokenizer.encode(text, add_special_tokens=False)]
 
 
 def replaced(llm: Any, ask: Ask, file: str, text: str) -> Stepped:

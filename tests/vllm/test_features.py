@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 import sae_steer
 from sae_steer import embedded
 from tests.steered_models import SteeredModel, embedded_model
+from tests.tekken import write_tekken
 from tests.vllm import inside
 from tests.vllm.engine_script import Answer, Ask, EngineFailed, Host, Json, generate, hosted, plugin
-from tests.vllm.teacher import Teacher
+from tests.vllm.teacher import Teacher, differences
 
 SEA, TRAINS, SPACE, MUSIC, SCHOOL = 551, 465, 234, 103, 621
 LIMITS = {"max_programs": 3, "features": 8, "wide_programs": 1, "wide_features": 32}
@@ -128,6 +129,31 @@ def test_priorities_decide_who_is_preempted(ahead: Host, teacher: Teacher, model
     seen = ahead.run(inside.stepped, asked)
     assert set(seen.preempted) == {1}, seen.preempted
     _right(teacher, asked, seen.answers)
+
+
+@pytest.mark.parametrize("every", [2, 5])
+def test_a_cache_that_is_emptied_under_running_requests_changes_nothing_that_is_told(
+    either: Host, teacher: Teacher, model: SteeredModel, every: int
+) -> None:
+    """With asynchronous scheduling the token of the step that runs then is thrown away and drawn anew."""
+    read = {"sae": embedded.SAE_NAME, "features": [SEA, TRAINS], "top_k": 3, "positions": "all"}
+    flag = {"sae": embedded.SAE_NAME, "feature": SEA, "above": 0.0, "action": "flag"}
+    asks: list[Json] = [
+        {"readings": read, "on": [flag]},
+        _clamp(TRAINS) | {"readings": [read | {"at": "after"}, read | {"positions": "completion"}]},
+    ]
+    sampling = {"ignore_eos": True, "max_tokens": 14, "temperature": 1.0}
+    asked = [Ask(model.prompt, steering, sampling) for steering in asks for _ in range(2)]
+    seen = either.run(inside.emptied, asked, every)
+    assert len(seen.preempted) == len(asked)
+    assert all(len(at) > 1 for at in seen.preempted.values())
+    for ask, [answer] in zip(asked, seen.answers, strict=True):
+        _, want = teacher.expect(ask.prompt, ask.steering, answer.tokens)
+        told = [{key: value for key, value in one.items() if key != "text"} for one in answer.block["readings"]]
+        have = {**answer.block["applied"], "readings": told, "triggers": answer.block["triggers"]}
+        assert told[0]["tokens"] == [*ask.prompt, *answer.tokens[:-1]]
+        assert not differences("block", have, want)
+        assert not teacher.faults(ask, answer, greedy=False, cached=True)
 
 
 @pytest.mark.parametrize("positions", ["prompt", "completion", "all"])
@@ -259,6 +285,11 @@ def test_a_steered_call_of_a_tool(engine: Host, teacher: Teacher, model: Steered
         texts.append(json.loads(answers[0].text))
     assert [call["name"] for call in texts] == ["tell", "tell"]
     assert texts[0] != texts[1]
+
+
+def test_the_texts_of_tokens_by_a_tokenizer_of_mistrals(engine: Host, tmp_path: Path) -> None:
+    """vLLM's class for them takes no options where those of transformers are told to leave spaces as they are."""
+    assert engine.run(inside.token_texts, str(write_tekken(tmp_path)), "the sea .") == ["the", " sea", " ", "."]
 
 
 def test_a_replaced_profile_is_for_new_requests(

@@ -132,6 +132,22 @@ def test_more_than_the_limit_is_refused_or_ends_with_an_error(client: httpx.Clie
     assert '"limit_exceeded"' in stream.text.split("\n\n")[-3], "the last event but [DONE]"
 
 
+def test_an_answer_that_goes_over_the_limit_ends_in_the_engine_too(
+    vllm_server: VllmServer, client: httpx.Client
+) -> None:
+    """The front end alone sees how much was read: without an abort the engine would write on to the model's length."""
+    steps = "vllm:iteration_tokens_total_count"
+    read = {"readings": [READ | {"features": [SEA], "top_k": 128}] * 8}
+    before = vllm_server.metric(steps)
+    assert post(client, read, max_tokens=None, ignore_eos=True).status_code == 422
+    seen = before
+    while (now := vllm_server.metric(steps)) > seen:
+        seen = now
+        time.sleep(0.5)
+    # 63 tokens fit into the limit, and the model writes up to 512; the engine goes on until the abort has come to it.
+    assert 0 < seen - before < 250
+
+
 @pytest.mark.parametrize(
     ("steering", "param", "code"),
     [

@@ -41,7 +41,8 @@ def plain() -> SimpleNamespace:
             data_parallel_backend="mp",
             worker_cls="vllm.v1.worker.gpu_worker.Worker",
         ),
-        scheduler_config=space(scheduler_cls=None),
+        scheduler_config=space(scheduler_cls=None, async_scheduling=False),
+        use_v2_model_runner=False,
         cache_config=space(kv_sharing_fast_prefill=False),
         offload_config=space(uva=space(cpu_offload_gb=0), prefetch=space(offload_group_size=0)),
         model_config=space(
@@ -77,6 +78,9 @@ ASKING: dict[str, list[tuple[str, Any]]] = {
     "--worker-cls": [(f"{PARALLEL}worker_cls", "mine.Worker")],
     "--diffusion-config": [("diffusion_config", SOMETHING)],
     "--scheduler-cls": [("scheduler_config.scheduler_cls", value) for value in ("mine.Scheduler", Graphs)],
+    "--async-scheduling with --pipeline-parallel-size and the V1 model runner": [
+        ("scheduler_config.async_scheduling", True)
+    ],
     "--kv-sharing-fast-prefill": [("cache_config.kv_sharing_fast_prefill", True)],
     "--kv-transfer-config": [("kv_transfer_config", SOMETHING)],
     "--ec-transfer-config": [("ec_transfer_config", SOMETHING)],
@@ -122,8 +126,9 @@ def test_every_row_has_its_case() -> None:
 def test_every_attribute_that_a_row_looks_at_is_changed_by_a_case() -> None:
     changed = {path for _, path, _ in CASES}
     looked_at = {path for row in REFUSALS for path in row.paths}
-    # The other halves of two conditions, which `plain` has as they must be for the row to fire.
-    assert looked_at - changed == {"parallel_config.data_parallel_size", "device_config.device_type"}
+    # The other halves of three conditions, which `plain` has as they must be for the row to fire.
+    others = {f"{PARALLEL}data_parallel_size", f"{PARALLEL}pipeline_parallel_size", "use_v2_model_runner"}
+    assert looked_at - changed == {"device_config.device_type", *others}
 
 
 def test_a_plain_configuration_is_not_refused() -> None:
@@ -165,6 +170,13 @@ def test_a_cpu_captures_no_graphs() -> None:
 def test_experts_in_one_engine_are_not_refused() -> None:
     config = asking("model_config.is_moe", True)
     config.parallel_config.data_parallel_size = 1
+    assert refused(config) == []
+
+
+@pytest.mark.parametrize(("stages", "second"), [(1, False), (2, True)])
+def test_a_runner_that_can_schedule_ahead_is_not_refused(stages: int, second: bool) -> None:
+    config = asking("scheduler_config.async_scheduling", True)
+    config.parallel_config.pipeline_parallel_size, config.use_v2_model_runner = stages, second
     assert refused(config) == []
 
 
