@@ -7,10 +7,7 @@ bootstrap interval. The run goes on until the interval is half as wide as the bo
     python benchmarks/attach_idle.py --out benchmarks/results/attach_idle.json
 """
 
-import argparse
 import json
-import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,11 +18,11 @@ from typing import Any
 import torch
 import transformers
 from random_model import HOOKED, build, write_sae
+from recording import parser_of, write
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import sae_steer
-from sae_steer_bench.machine import cpu_name
 from sae_steer_bench.stats import paired_ratio
 
 BOUND = 0.01
@@ -80,8 +77,7 @@ def measure(model: PreTrainedModel, saes: dict[str, Path], tokens: torch.Tensor,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/attach_idle.json"))
+    parser = parser_of(__doc__, "attach_idle")
     parser.add_argument("--pairs", type=int, default=600, help="the most pairs to time for each length")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -93,24 +89,17 @@ def main() -> None:
             measure(model, saes, torch.randint(0, model.config.vocab_size, (1, length)), options.pairs)
             for length in (1, 64)
         ]
-    result = {
-        "what": "forward pass with attached, idle edit layers against the bare model, paired",
-        "command": " ".join(["python", *sys.argv]),
-        "hardware": {"cpu": cpu_name(), "threads": options.threads},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "sae_steer": sae_steer.__version__,
-        },
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "hooked_layers": list(HOOKED),
-        "bound": BOUND,
-        "runs": runs,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result["runs"], indent=2))
+    write(
+        options.out,
+        "forward pass with attached, idle edit layers against the bare model, paired",
+        threads=options.threads,
+        versions={"transformers": transformers.__version__},
+        parameters=sum(p.numel() for p in model.parameters()),
+        hooked_layers=list(HOOKED),
+        bound=BOUND,
+        runs=runs,
+    )
+    print(json.dumps(runs, indent=2))
 
 
 if __name__ == "__main__":

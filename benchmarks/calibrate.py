@@ -8,10 +8,8 @@ the whole command runs in a process of its own, for its time and its largest mem
     python benchmarks/calibrate.py --out benchmarks/results/calibrate.json
 """
 
-import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -23,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from recording import parser_of, write
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import sae_steer
 from sae_steer import embedded
 from sae_steer.calibration.data import Columns, Reader
 from sae_steer.calibration.encode import Encoder
@@ -146,8 +144,7 @@ def whole_command(data: Path, folder: Path, threads: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/calibrate.json"))
+    parser = parser_of(__doc__, "calibrate")
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -157,23 +154,16 @@ def main() -> None:
         data = write_texts(folder / "texts.jsonl", options.tokens)
         command = whole_command(data, folder, options.threads)
         paired = pairs(data, folder)
-    result = {
-        "what": "sae-steer calibrate on the embedded model, every token an observation, against the model's forward "
-        "passes and the encoder products over the same batches, paired",
-        "command": " ".join(["python", *sys.argv]),
-        "hardware": {"cpu": platform.processor() or platform.machine(), "threads": options.threads},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "sae_steer": sae_steer.__version__,
-        },
-        "features": open_sae(embedded.SAE).spec.n_features,
-        "paired": paired,
-        "whole_command": command,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write(
+        options.out,
+        "sae-steer calibrate on the embedded model, every token an observation, against the model's forward passes "
+        "and the encoder products over the same batches, paired",
+        threads=options.threads,
+        versions={"transformers": transformers.__version__},
+        features=open_sae(embedded.SAE).spec.n_features,
+        paired=paired,
+        whole_command=command,
+    )
     print(json.dumps({"paired": {**paired, "window_ratios": "..."}, "whole_command": command}, indent=2))
 
 

@@ -12,27 +12,25 @@ plugin's eager engine generates, or the run ends: in float32 they all do the sam
 import argparse
 import json
 import os
-import platform
-import random
-import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
+from importlib.metadata import distributions
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 import transformers
 from random_model import HOOKED, plugin_config, write
+from recording import add_engine_options, in_turns, parser_of
+from recording import write as write_result
 from tqdm import tqdm
 from vllm_engine import PROMPT, TOKENS, Child, Timed, engine, prompts
 
-import sae_steer
-from sae_steer_bench.launch import Launched, free_port
-from sae_steer_bench.machine import cpu_name
+from sae_steer_bench.launch import Launched, Port
 from sae_steer_bench.stats import paired_ratio
 
 LEAST = 0.9
@@ -50,7 +48,7 @@ class Embedded:
     def __init__(self, stack: ExitStack, folder: Path, sequences: int, threads: int, dtype: str) -> None:
         from openai import OpenAI
 
-        port = free_port(None)
+        port = Port(None)
         config: dict[str, Any] = plugin_config(folder)
         words = [sys.executable, "-m", "sae_steer_cli", "serve", str(folder / "model"), "--served-model-name", "m"]
         words += ["--dtype", dtype, "--max-running", str(sequences), "--max-model-len", "256", "--log-level", "error"]
@@ -60,7 +58,7 @@ class Embedded:
             words += ["--vector", f"{vector['name']}={vector['location']}"]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         server = Launched(
-            [*words, "--port", str(port)], environment, port=port, log=folder / "embedded.log", timeout=300
+            [*words, "--port", str(port.number)], environment, port=port, log=folder / "embedded.log", timeout=300
         )
         stack.enter_context(server)
         self._client = stack.enter_context(OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300))
@@ -134,21 +132,17 @@ def same_tokens(peers: dict[str, Child | Embedded], todo: list[tuple[str, str]])
     return shares
 
 
-def measure(
-    peers: dict[str, Child | Embedded], todo: list[tuple[str, str]], rounds: int, seconds: float
-) -> dict[tuple[str, str], list[float]]:
-    """Seconds of each, once a round."""
-    times: dict[tuple[str, str], list[float]] = {pair: [] for pair in todo}
-    order = list(todo)
-    shuffle = random.Random(0)
-    deadline = time.monotonic() + seconds
-    for number in tqdm(range(rounds), desc="rounds"):
-        if number >= 5 and time.monotonic() > deadline:
-            break
-        shuffle.shuffle(order)
-        for pair in order:
-            times[pair].append(peers[pair[0]].run(pair[1]).seconds)
-    return times
+def version_in(folder: Path, name: str) -> str:
+    """Version of a package that was installed into a folder."""
+    found = {each.name: each.version for each in distributions(path=[str(folder)])}
+    if name not in found:
+        sys.exit(f"There is no {name} in {folder}. `make peers` installs it.")
+    return found[name]
+
+
+def seconds(peer: Child | Embedded, what: str) -> float:
+    """Seconds of one batch."""
+    return peer.run(what).seconds
 
 
 def rows_of(
@@ -175,49 +169,41 @@ def rows_of(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/peers.json"))
+    parser = parser_of(__doc__, "peers")
     parser.add_argument("--lens", type=Path, help="folder that vllm-lens was installed into; left out without it")
     parser.add_argument("--saelens", help="Python of an environment with SAELens; left out without it")
-    parser.add_argument("--rounds", type=int, default=60, help="the most rounds")
-    parser.add_argument("--minutes", type=float, default=60, help="the most minutes of rounds, once five are done")
-    parser.add_argument("--sequences", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    add_engine_options(parser, rounds=60, sequences=16)
     options = parser.parse_args()
+    lens = {"vllm-lens": version_in(options.lens, "vllm-lens")} if options.lens else {}
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         parameters = write(folder)
         peers = start(options, folder, stack)
         todo = todo_of(peers)
         shares = same_tokens(peers, todo)
-        times = measure(peers, todo, options.rounds, 60 * options.minutes)
+        calls = {(peer, what): partial(seconds, peers[peer], what) for peer, what in todo}
+        times = in_turns(calls, rounds=options.rounds, minutes=options.minutes)
         rows = rows_of(peers, times, shares)
         about = {key: value for peer in peers.values() for key, value in peer.about.items() if key != "compiled"}
-    result = {
-        "what": "the same batch by each peer, plain and with a vector added at each hooked layer",
-        "command": shlex.join(["python", *sys.argv]),
-        "hardware": {"cpu": cpu_name(), "threads": options.threads},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
+    write_result(
+        options.out,
+        "the same batch by each peer, plain and with a vector added at each hooked layer",
+        threads=options.threads,
+        versions={
             "transformers": transformers.__version__,
-            "sae_steer": sae_steer.__version__,
             **{key: about[key] for key in ("vllm", "sae_lens") if key in about},
-            **({"vllm-lens": "1.3.0"} if options.lens else {}),
+            **lens,
         },
-        "parameters": parameters,
-        "dtype": options.dtype,
-        "sequences": options.sequences,
-        "prompt_tokens": PROMPT,
-        "output_tokens": TOKENS,
-        "hooked_layers": list(HOOKED),
-        "rounds": len(next(iter(times.values()))),
-        "why_baselines_differ": WHY,
-        "rows": rows,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+        parameters=parameters,
+        dtype=options.dtype,
+        sequences=options.sequences,
+        prompt_tokens=PROMPT,
+        output_tokens=TOKENS,
+        hooked_layers=list(HOOKED),
+        rounds=len(next(iter(times.values()))),
+        why_baselines_differ=WHY,
+        rows=rows,
+    )
     print(json.dumps(rows, indent=2))
 
 

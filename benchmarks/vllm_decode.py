@@ -9,23 +9,20 @@ enough, or at `--rounds`, or at `--minutes`.
     python benchmarks/vllm_decode.py --out benchmarks/results/vllm_decode.json
 """
 
-import argparse
 import json
-import platform
-import random
-import sys
 import tempfile
-import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-import torch
 from random_model import HOOKED, write
+from recording import add_engine_options, in_turns, parser_of
+from recording import write as write_result
 from tqdm import tqdm
 from vllm_engine import PER_LAYER, Child, engine
 
-import sae_steer
-from sae_steer_bench.machine import cpu_name
 from sae_steer_bench.stats import paired_ratio
 
 BOUNDS = {"idle": 0.01, "one program": 0.05, "programs": 0.10}
@@ -48,44 +45,48 @@ def bound(case: str) -> float | None:
     return BOUNDS.get(case, BOUNDS["programs"] if case.endswith(" programs") else None)
 
 
-def measure(
-    engines: dict[str, Child], todo: dict[str, tuple[str, str]], rounds: int, seconds: float
-) -> dict[str, list[float]]:
-    """Times every case once a round, in a new order each time."""
-    for kind, what in todo.values():
-        engines[kind].run(what)  # loads what is loaded once
-    times: dict[str, list[float]] = {name: [] for name in todo}
-    order = list(todo)
-    shuffle = random.Random(0)
-    deadline = time.monotonic() + seconds
-    for number in tqdm(range(rounds), desc="rounds"):
-        if number >= 5 and time.monotonic() > deadline:
-            break
-        shuffle.shuffle(order)
-        for name in order:
-            kind, what = todo[name]
-            step = engines[kind].run(what).step_ms
-            assert step is not None
-            times[name].append(step)
-        if number >= 30 and number % 10 == 0 and narrow(times):
-            break
-    return times
+def steps(engines: dict[str, Child], todo: dict[str, tuple[str, str]]) -> dict[str, Callable[[], float]]:
+    """Milliseconds of a decode step, by case; each has run once, so that what is loaded once is loaded."""
+
+    def step(kind: str, what: str) -> float:
+        found = engines[kind].run(what).step_ms
+        assert found is not None
+        return found
+
+    for pair in todo.values():
+        step(*pair)
+    return {name: partial(step, *pair) for name, pair in todo.items()}
 
 
-def narrow(times: dict[str, list[float]]) -> bool:
+def narrow(times: Mapping[str, list[float]]) -> bool:
     """Whether each interval is half as wide as the bound that its case is held against."""
     found = {name: (paired_ratio(values, times["plain"]), bound(name)) for name, values in times.items()}
     return all(most is None or ratio.high - ratio.low < most / 2 for ratio, most in found.values())
 
 
+def rows_of(
+    todo: dict[str, tuple[str, str]], times: dict[str, list[float]], engines: dict[str, Child]
+) -> list[dict[str, Any]]:
+    """A row for each case, with its ratio to plain vLLM."""
+    rows = []
+    for name, values in times.items():
+        ratio = paired_ratio(values, times["plain"])
+        rows.append(
+            {
+                "case": name,
+                "step_ms_median": median(values),
+                "ratio_median": ratio.median,
+                "ratio_interval_95": [ratio.low, ratio.high],
+                "compiled": engines[todo[name][0]].about["compiled"],
+                "bound": bound(name),
+            }
+        )
+    return rows
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/vllm_decode.json"))
-    parser.add_argument("--rounds", type=int, default=120, help="the most rounds")
-    parser.add_argument("--minutes", type=float, default=60, help="the most minutes of rounds, once five are done")
-    parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser = parser_of(__doc__, "vllm_decode")
+    add_engine_options(parser, rounds=120, sequences=64)
     options = parser.parse_args()
     todo = cases(options.sequences)
     with tempfile.TemporaryDirectory() as folder:
@@ -93,43 +94,23 @@ def main() -> None:
         kinds = tqdm(("plain", "plugin"), desc="starting engines")
         sizes = {"threads": options.threads, "sequences": options.sequences, "dtype": options.dtype}
         engines = {kind: engine(kind, Path(folder), **sizes) for kind in kinds}
-        times = measure(engines, todo, options.rounds, 60 * options.minutes)
-        about = {kind: child.about for kind, child in engines.items()}
+        times = in_turns(steps(engines, todo), rounds=options.rounds, minutes=options.minutes, enough=narrow)
         for child in engines.values():
             child.close()
-    results = []
-    for name, values in times.items():
-        ratio = paired_ratio(values, times["plain"])
-        results.append(
-            {
-                "case": name,
-                "step_ms_median": median(values),
-                "ratio_median": ratio.median,
-                "ratio_interval_95": [ratio.low, ratio.high],
-                "compiled": about[todo[name][0]]["compiled"],
-                "bound": bound(name),
-            }
-        )
-    result = {
-        "what": "a decode step of vLLM, steered and not, in rounds with plain vLLM",
-        "command": " ".join(["python", *sys.argv]),
-        "hardware": {"cpu": cpu_name(), "threads": options.threads},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "vllm": about["plain"]["vllm"],
-            "sae_steer": sae_steer.__version__,
-        },
-        "parameters": parameters,
-        "dtype": options.dtype,
-        "sequences": options.sequences,
-        "hooked_layers": list(HOOKED),
-        "edited_features": PER_LAYER * len(HOOKED),
-        "rounds": len(times["plain"]),
-        "cases": results,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    results = rows_of(todo, times, engines)
+    write_result(
+        options.out,
+        "a decode step of vLLM, steered and not, in rounds with plain vLLM",
+        threads=options.threads,
+        versions={"vllm": engines["plain"].about["vllm"]},
+        parameters=parameters,
+        dtype=options.dtype,
+        sequences=options.sequences,
+        hooked_layers=list(HOOKED),
+        edited_features=PER_LAYER * len(HOOKED),
+        rounds=len(times["plain"]),
+        cases=results,
+    )
     print(json.dumps(results, indent=2))
 
 

@@ -19,7 +19,8 @@ from sae_steer_bench.errors import BenchError
 _PLUGINS = "VLLM_PLUGINS"
 _OURS = "sae_steer"
 _DEMO = "demo"
-_KEYS = frozenset({"--api-key", "--admin-key"})
+_KEYS = frozenset({"--api-key", "--admin-key", "--hf-token"})
+_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
 _ATTACHED = (
     "--sae", "--whole", "--topk-threshold", "--labels", "--convert-cache", "--vector", "--site", "--profiles",
 )  # fmt: skip
@@ -63,8 +64,8 @@ class Command:
                 f"--launch {text!r}: only `vllm serve ...` and `sae-steer serve ...` can be started with and without "
                 "the plugin. Start other servers yourself, and name them with --url and --plain-url."
             )
-        options = {word.partition("=")[0] for word in words}
-        if options & _KEYS or any(name.endswith("_KEY") for name, _ in environment):
+        options = {word.partition("=")[0].replace("_", "-") for word in words}  # vLLM takes both
+        if options & _KEYS or any(_SECRET.search(name) for name, _ in environment):
             raise BenchError(
                 "--launch: the command is written into the report, so it may hold no key. Give keys to this command, "
                 "with --api-key and --admin-key or in its environment: it hands them on."

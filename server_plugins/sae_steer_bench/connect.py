@@ -10,14 +10,14 @@ from sae_steer_bench import load_vllm
 from sae_steer_bench.cases import Cases
 from sae_steer_bench.commands import DEMO_COMMAND, Command
 from sae_steer_bench.errors import BenchError
-from sae_steer_bench.launch import Launched, free_port
+from sae_steer_bench.launch import Launched, Port
 from sae_steer_bench.load import Address, Generator
 from sae_steer_bench.load_openai import OpenAILoad
 from sae_steer_bench.load_vllm import VllmLoad
 from sae_steer_bench.machine import gpus
 from sae_steer_bench.options import Options
 from sae_steer_bench.records import Launch, ServerFacts
-from sae_steer_bench.target import facts_of, model_of
+from sae_steer_bench.target import facts_of, model_of, require_plain
 from sae_steer_http.client import Server
 
 
@@ -70,25 +70,33 @@ class Servers:
         """A client of the server under test."""
         return closing(Server(self.steered.url, self.api_key, self.timeout))
 
-    def ended(self) -> str | None:
-        """What a launched server left, where it has ended by itself."""
-        return next((words for server in self.launched if (words := server.ended())), None)
-
 
 def connect(
-    stack: ExitStack, options: Options, source: Source, model: str | None, say: Callable[[str], None]
+    stack: ExitStack,
+    options: Options,
+    source: Source,
+    model: str | None,
+    launched: list[Launched],
+    say: Callable[[str], None],
 ) -> Servers:
     """Starts what is to be started, ended with ``stack``, and asks the server what it is.
+
+    Args:
+        stack: Ends what is started.
+        options: Of the run.
+        source: Where servers come from.
+        model: The model to ask; None = the first that is listed.
+        launched: Gets those that are started, for whoever wants to know how one ended.
+        say: Is told what is started.
 
     Raises:
         BenchError: A server does not start, or is none that can be measured.
         Unreachable: It is not there.
     """
-    launched: list[Launched] = []
     url, plain_url, admin_key = source.url, source.plain_url, options.admin_key
     if source.launch is not None:
         admin_key = admin_key or secrets.token_hex(16)
-        launched = _launch(stack, options, source.launch, admin_key, say)
+        _launch(stack, options, source.launch, admin_key, launched, say)
         url = launched[0].url
         plain_url = launched[1].url if source.launch.plain else plain_url
     assert url is not None  # a source has the one or the other
@@ -100,12 +108,18 @@ def connect(
     if plain_url is not None:
         with closing(Server(plain_url, key, options.timeout)) as server:
             plain = Address(server.url, model_of(server, facts.model))
+            require_plain(server)
     return Servers(steered, plain, facts, key, admin_key, launched, options.timeout)
 
 
 def _launch(
-    stack: ExitStack, options: Options, launch: Launch, admin_key: str, say: Callable[[str], None]
-) -> list[Launched]:
+    stack: ExitStack,
+    options: Options,
+    launch: Launch,
+    admin_key: str,
+    launched: list[Launched],
+    say: Callable[[str], None],
+) -> None:
     """The server under test, and where it is wanted the one without the plugin; one after the other."""
     command = Command.parse(launch.command)
     if launch.plain:
@@ -115,18 +129,17 @@ def _launch(
     if options.api_key:
         keys["VLLM_API_KEY" if command.host == "vllm" else "SAE_STEER_API_KEY"] = options.api_key
 
-    def start(argv: list[str], environment: dict[str, str], port: int, log: Path, what: str) -> Launched:
+    def start(argv: list[str], environment: dict[str, str], port: Port, log: Path, what: str) -> None:
         say(f"starting {what} (its log: {log})")
         server = Launched(argv, {**environment, **keys}, port=port, log=log, timeout=options.start_timeout)
-        return stack.enter_context(server)
+        launched.append(stack.enter_context(server))
 
-    port = free_port(command.port)
-    servers = [start(*command.with_plugin(port, traces), port, options.folder / "server.log", "the server")]
+    port = Port(command.port)
+    start(*command.with_plugin(port.number, traces), port, options.folder / "server.log", "the server")
     if launch.plain:
-        port = free_port(None)
-        arguments = command.without_plugin(port)
-        servers.append(start(*arguments, port, options.folder / "plain.log", "the same without the plugin"))
-    return servers
+        port = Port(None)
+        log = options.folder / "plain.log"
+        start(*command.without_plugin(port.number), port, log, "the same without the plugin")
 
 
 def generator(servers: Servers, options: Options, say: Callable[[str], None]) -> Generator:

@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 from sae_steer_bench.records import LoadPlan
@@ -35,7 +36,8 @@ class Work:
         prompt_tokens: Token ids in each prompt.
         output_tokens: Completion tokens of each; none ends earlier.
         vocabulary: Prompts are made of ids below it.
-        seed: Of the prompts and of arrival times: no two measurements share a prompt, so no prefix cache helps one.
+        seed: Of the prompts: no two measurements share one, so no prefix cache helps one.
+        arrivals: Of arrival times: the cases of a round share them, so that their ratios are not those of two bursts.
     """
 
     bodies: Sequence[dict[str, Any] | None]
@@ -44,6 +46,7 @@ class Work:
     output_tokens: int
     vocabulary: int
     seed: str
+    arrivals: str = ""
 
     def prompts(self) -> list[list[int]]:
         """``[requests, prompt_tokens]`` random token ids."""
@@ -52,6 +55,13 @@ class Work:
             [chance.randrange(_FIRST_ID, self.vocabulary) for _ in range(self.prompt_tokens)]
             for _ in range(self.requests)
         ]
+
+    def starts(self, rate: float | None) -> list[float]:
+        """``[requests]`` seconds from now to each: a Poisson process of ``rate`` a second; None = all at once."""
+        if rate is None:
+            return [0.0] * self.requests
+        chance = random.Random(self.arrivals)
+        return list(accumulate((chance.expovariate(rate) for _ in range(self.requests - 1)), initial=0.0))
 
 
 class Generator(AbstractContextManager["Generator"], Protocol):

@@ -1,7 +1,6 @@
 """Load from the ``openai`` client: for every server, and without a start of its own."""
 
 import asyncio
-import random
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from itertools import pairwise
@@ -9,16 +8,22 @@ from types import TracebackType
 from typing import Any, Self
 
 import httpx
-from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient
+from openai import (
+    DEFAULT_CONNECTION_LIMITS,
+    APIConnectionError,
+    APIError,
+    APIStatusError,
+    AsyncOpenAI,
+    DefaultAsyncHttpxClient,
+)
 
 from sae_steer_bench.errors import LoadFailed
 from sae_steer_bench.load import Address, Work
 from sae_steer_bench.records import LoadPlan
 from sae_steer_bench.samples import Batch, Sample
 
-_IDLE_S = 2.0
-"""Connections that were idle for so long are not used again: servers close them after 5 seconds, as uvicorn does, and a
-request that meets that has no answer."""
+_KEPT = 2.0
+"""Seconds that an idle connection is kept: servers close theirs after five, and a request on it then would be lost."""
 
 
 class OpenAILoad:
@@ -54,25 +59,14 @@ class OpenAILoad:
         except APIStatusError as error:
             raise LoadFailed(f"{address.url} answered under load with {_words(error)}") from error
         except (APIConnectionError, httpx.HTTPError) as error:  # the second where a stream is cut
-            reason = error.__cause__ or error
-            raise LoadFailed(
-                f"{address.url} stopped answering under load: {reason or type(reason).__name__}. Did the server end?"
-            ) from error
+            cause = error.__cause__ or error
+            reason = str(cause) or type(cause).__name__
+            raise LoadFailed(f"{address.url} stopped answering under load: {reason}. Did the server end?") from error
         except APIError as error:
             raise LoadFailed(f"{address.url} ended a stream with an error: {error.message}") from error
 
     async def _measure(self, address: Address, work: Work, load: LoadPlan) -> Batch:
-        # Kept where measurements follow one another, so that few requests wait for a connection.
-        client = self._clients.get(address.url)
-        if client is None:
-            client = AsyncOpenAI(
-                base_url=f"{address.url}/v1",
-                api_key=self._key,
-                timeout=self._timeout,
-                max_retries=0,
-                http_client=DefaultAsyncHttpxClient(limits=httpx.Limits(keepalive_expiry=_IDLE_S)),
-            )
-            self._clients[address.url] = client
+        client = self._client(address.url)
         slots = asyncio.Semaphore(load.concurrency)
         bodies = [_body(address.model, work, number, prompt) for number, prompt in enumerate(work.prompts())]
 
@@ -81,24 +75,43 @@ class OpenAILoad:
                 return await _stream(client, body)
 
         start = time.perf_counter()
-        samples = await _all(send, bodies, load.rate, work.seed)
+        samples = await _all(send, bodies, work.starts(load.rate))
         return Batch(samples, time.perf_counter() - start)
+
+    def _client(self, url: str) -> AsyncOpenAI:
+        client = self._clients.get(url)
+        if client is None:
+            # As many connections as requests: the client's own limit would let them wait for one another.
+            # In openai's own class: which httpx it is of has changed.
+            limits = type(DEFAULT_CONNECTION_LIMITS)(
+                max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEPT
+            )
+            client = AsyncOpenAI(
+                base_url=f"{url}/v1",
+                api_key=self._key,
+                timeout=self._timeout,
+                max_retries=0,
+                http_client=DefaultAsyncHttpxClient(limits=limits),
+            )
+            self._clients[url] = client
+        return client
 
 
 async def _all(
     send: Callable[[dict[str, Any]], Coroutine[Any, Any, Sample]],
     bodies: Sequence[dict[str, Any]],
-    rate: float | None,
-    seed: str,
+    starts: Sequence[float],
 ) -> list[Sample]:
-    """Sends all, at once or one by one as a Poisson process of ``rate`` a second; the first failure ends the others."""
-    chance = random.Random(f"arrivals {seed}")
+    """Sends each ``starts`` seconds after now; the first failure ends the others."""
+    begin = time.perf_counter()
     tasks: list[asyncio.Task[Sample]] = []
     try:
-        for body in bodies:
+        for body, start in zip(bodies, starts, strict=True):
+            # Against the clock: a sleep that lasts too long would make all that follow late.
+            late = begin + start - time.perf_counter()
+            if late > 0:
+                await asyncio.sleep(late)
             tasks.append(asyncio.create_task(send(body)))
-            if rate is not None:
-                await asyncio.sleep(chance.expovariate(rate))
         return await asyncio.gather(*tasks)
     finally:
         for task in tasks:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
+from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -27,6 +28,7 @@ from sae_steer_bench.samples import Batch, Sample
 from sae_steer_http import ADMIN_HEADER
 from sae_steer_http.client import message_of
 
+_START = 300.0  # seconds in which the generator itself starts: it imports all of vLLM
 _SHOWN = 2000  # characters of what a failed process printed
 _AS_PROFILES = "vllm bench serve takes requests that differ as names of models, here profiles"
 
@@ -44,7 +46,7 @@ class VllmLoad:
         tokenizer: Folder or hub id of the model's tokenizer, which makes the prompts.
         api_key: Bearer key; None = the server wants none.
         admin_key: Key with which profiles are stored; None = cases whose requests differ are skipped.
-        timeout: Seconds that a measurement may take.
+        timeout: Seconds that an answer may take.
 
     Raises:
         BenchError: vLLM is not installed.
@@ -93,14 +95,17 @@ class VllmLoad:
             environment = {**os.environ, "VLLM_PLUGINS": ""}
             if self._key is not None:
                 environment["OPENAI_API_KEY"] = self._key
+            limit = _START + self._timeout * ceil(work.requests / load.concurrency)
+            if load.rate is not None:
+                limit += work.requests / load.rate
             try:
                 done = subprocess.run(
                     [self._command, "bench", "serve", *arguments],
                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
-                    timeout=self._timeout, env=environment, check=False,
+                    timeout=limit, env=environment, check=False,
                 )  # fmt: skip
             except subprocess.TimeoutExpired:
-                raise LoadFailed(f"vllm bench serve did not end within {self._timeout:g} s.") from None
+                raise LoadFailed(f"vllm bench serve did not end within {limit:g} s.") from None
             file = Path(folder) / "r.json"
             if done.returncode != 0 or not file.is_file():
                 raise LoadFailed(f"vllm bench serve failed ({done.returncode}): {done.stdout[-_SHOWN:].strip()}")

@@ -44,11 +44,7 @@ def make_plan(options: Options, source: Source, servers: Servers, generator: Gen
         told = "; ".join(f"{plan.label}: {plan.reason}" for plan in plans if plan.reason)
         raise BenchError(f"No steered case can be measured here. {told}")
     first = _first_load(options, servers, generator)
-    loads = [LoadPlan(name="closed", concurrency=options.concurrency)]
-    for rate in options.rates:
-        per_second = rate or round(_RATE_SHARE * len(first.samples) / first.seconds, 3)
-        name = f"rate {per_second:g}/s"
-        loads.append(LoadPlan(name=name, concurrency=options.concurrency, rate=per_second))
+    loads = _loads(options, first)
     plan = Plan(
         command=options.command,
         started=now(),
@@ -63,7 +59,7 @@ def make_plan(options: Options, source: Source, servers: Servers, generator: Gen
         value=options.value,
         prompt_tokens=options.prompt_tokens,
         output_tokens=options.output_tokens,
-        requests=options.requests or _requests(options, first, len(measured) * len(loads)),
+        requests=options.requests or _requests(options, first, loads, len(measured)),
         rounds=options.rounds,
         minutes=options.minutes,
         seed=options.seed,
@@ -166,9 +162,19 @@ def _first_load(options: Options, servers: Servers, generator: Generator) -> Bat
     return send(1)
 
 
-def _requests(options: Options, first: Batch, measurements: int) -> int:
+def _loads(options: Options, first: Batch) -> list[LoadPlan]:
+    """The closed loop, and one load for each rate; "half rate" has a name that two runs share, as its rate is not."""
+    half = float(f"{_RATE_SHARE * len(first.samples) / first.seconds:.3g}")
+    rates = {f"rate {rate:g}/s" if rate else "half rate": rate or half for rate in options.rates}
+    closed = LoadPlan(name="closed", concurrency=options.concurrency)
+    return [closed, *(LoadPlan(name=name, concurrency=options.concurrency, rate=rate) for name, rate in rates.items())]
+
+
+def _requests(options: Options, first: Batch, loads: Sequence[LoadPlan], cases: int) -> int:
     """Requests of a measurement: as many full batches as fit where the minutes are spread over some rounds."""
     least = ceil(_LEAST_SECONDS / first.seconds)
     rounds = max(LEAST_ROUNDS, min(_AIM_ROUNDS, options.rounds))
-    seconds = 60 * options.minutes / (rounds * measurements)
-    return options.concurrency * max(least, min(_WAVES, int(seconds / first.seconds)))
+    # One full batch under each load; at a rate, its requests come no faster than that.
+    batches = sum(first.seconds if each.rate is None else options.concurrency / each.rate for each in loads)
+    fit = int(60 * options.minutes / (rounds * cases * batches))
+    return options.concurrency * max(least, min(_WAVES, fit))

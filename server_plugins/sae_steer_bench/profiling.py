@@ -23,7 +23,7 @@ def trace(folder: Path, plan: Plan, servers: Servers, generator: Generator, case
         LoadFailed: The server takes no trace, or took none.
     """
     case = next(case for case in cases if case.programs)
-    before = set(folder.glob("*")) if folder.is_dir() else set()
+    before = set(folder.rglob("*")) if folder.is_dir() else set()
     work = Work(
         bodies=case.bodies,
         requests=plan.loads[0].concurrency,

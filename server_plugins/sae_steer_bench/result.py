@@ -83,3 +83,28 @@ def compare(one: Result, other: Result, metric: Metric) -> list[tuple[str, str, 
                 if second is not None:
                     found.append((load, case.label, baseline, ratio, second, agree(ratio, second)))
     return found
+
+
+def differences(one: Result, other: Result) -> list[str]:
+    """What two runs did not have in common, so that ratios may differ for it; versions of packages are not told."""
+    first, second = _subject(one.plan), _subject(other.plan)
+    found = [f"{name} was {first[name]} and {second[name]}" for name in first if first[name] != second[name]]
+    loads = [{load.name for load in run.plan.loads} for run in (one, other)]
+    cases = [{case.key for case in run.cases if case.loads} for run in (one, other)]
+    for what, (mine, theirs) in (("load", loads), ("case", cases)):
+        found += [f"only one of them has the {what} {name!r}" for name in sorted(mine ^ theirs)]
+    return found
+
+
+def _subject(plan: Plan) -> dict[str, object]:
+    return {
+        "the host": plan.server.host,
+        "the model": plan.server.model,
+        "the list of SAEs": [sae.fingerprint for sae in plan.server.saes],
+        "concurrency": plan.loads[0].concurrency,
+        "prompt_tokens": plan.prompt_tokens,
+        "output_tokens": plan.output_tokens,
+        "generator": plan.generator,
+        "the processor": plan.machine.cpu,
+        "the list of GPUs": plan.machine.gpus,
+    }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from sae_steer_bench.cases import Case
+from sae_steer_bench.errors import LoadFailed
 from sae_steer_bench.journal import Journal
 from sae_steer_bench.load import Address, Generator, Work
 from sae_steer_bench.records import LoadPlan, Measurement, Plan, RoundEnd
@@ -50,7 +51,7 @@ class Bench:
             done: Of the rounds that an earlier process completed.
 
         Raises:
-            LoadFailed: A server stopped answering.
+            LoadFailed: A server stopped answering, or answers otherwise than it was asked.
         """
         first = max((each.round for each in done), default=0) + 1
         # What an earlier process took counts: the budget is the run's.
@@ -91,8 +92,17 @@ class Bench:
             output_tokens=plan.output_tokens,
             vocabulary=plan.server.vocabulary,
             seed=f"{plan.seed} {plan.started} {label} {load.name} {case.key}",
+            arrivals=f"{plan.seed} {plan.started} {label} {load.name}",
         )
-        return self.generator.run(self.addresses[case.plain], work, load)
+        batch = self.generator.run(self.addresses[case.plain], work, load)
+        lengths = {sample.tokens for sample in batch.samples}
+        if len(batch.samples) != requests or lengths != {plan.output_tokens}:
+            raise LoadFailed(
+                f"{case.label}: {len(batch.samples)} of {requests} requests were answered, with {sorted(lengths)} "
+                f"tokens where {plan.output_tokens} were asked for. Answers of other lengths are no pairs: does the "
+                "server know ignore_eos?"
+            )
+        return batch
 
 
 def now() -> str:

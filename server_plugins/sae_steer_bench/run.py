@@ -1,16 +1,19 @@
 """A whole measurement, from the start of its servers to their end."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from sae_steer_bench.connect import Servers, Source, connect, generator
+from sae_steer_bench.connect import Source, connect, generator
 from sae_steer_bench.errors import LoadFailed
 from sae_steer_bench.journal import Journal
+from sae_steer_bench.launch import Launched
 from sae_steer_bench.options import Options, Watch
 from sae_steer_bench.planning import cases_again, make_plan, require_same_place
 from sae_steer_bench.profiling import trace
 from sae_steer_bench.records import Measurement, Plan
 from sae_steer_bench.rounds import Bench
+from sae_steer_http.client import Unreachable
 
 
 class Run:
@@ -42,10 +45,12 @@ class Run:
             journal = stack.enter_context(Journal(options.folder))
             old = self._begun(journal, resume=resume)
             source = Source(old.url, old.launch, old.plain_url) if old is not None else Source.of(options)
-            servers = connect(stack, options, source, old.server.model if old else options.model, self.watch.say)
-            wanted = replace(options, generator=old.generator, tokenizer=old.tokenizer) if old else options
-            sender = stack.enter_context(generator(servers, wanted, self.watch.say))
+            launched: list[Launched] = []
             try:
+                model = old.server.model if old else options.model
+                servers = connect(stack, options, source, model, launched, self.watch.say)
+                wanted = replace(options, generator=old.generator, tokenizer=old.tokenizer) if old else options
+                sender = stack.enter_context(generator(servers, wanted, self.watch.say))
                 if old is not None:
                     self.plan, cases = old, cases_again(old, servers)
                 else:
@@ -56,8 +61,8 @@ class Run:
                 self._measure(Bench(self.plan, cases, addresses, sender, journal, self.watch.step))
                 if options.profile:
                     self.watch.say(f"wrote {trace(options.folder / 'profile', self.plan, servers, sender, cases)}")
-            except LoadFailed as error:
-                raise _with_log(error, servers) from error
+            except (LoadFailed, Unreachable) as error:
+                raise _with_log(error, launched) from error
 
     def _begun(self, journal: Journal, *, resume: bool) -> Plan | None:
         """The plan of the run that is resumed, with what it has done; None = this is a new one."""
@@ -75,7 +80,7 @@ class Run:
             self.watch.rounds(self.done)
 
 
-def _with_log(error: LoadFailed, servers: Servers) -> LoadFailed:
+def _with_log(error: LoadFailed | Unreachable, launched: Sequence[Launched]) -> LoadFailed | Unreachable:
     """The error, with what a launched server left where it has ended."""
-    ended = servers.ended()
-    return error if ended is None else LoadFailed(f"{error.message} {ended}")
+    left = next((words for server in launched if (words := server.lost())), None)
+    return error if left is None else type(error)(f"{error.message} {left}")

@@ -61,8 +61,21 @@ def facts_of(server: Server, wanted: str | None) -> ServerFacts:
         )
     except Refused as error:
         raise BenchError(_NO_PLUGIN.format(url=server.url, said=error)) from None
-    except (BadAnswer, KeyError, TypeError) as error:
+    except (BadAnswer, KeyError, TypeError, ValueError) as error:
         raise BenchError(f"{server.url}/v1/steering answers otherwise than sae-steer does: {error!r}.") from None
+
+
+def require_plain(server: Server) -> None:
+    """Raises :class:`BenchError` where a server that is named as one without the plugin has an SAE."""
+    try:
+        saes = server.get("/v1/steering/saes")["data"]
+    except (Refused, BadAnswer, KeyError):
+        return
+    if saes:
+        raise BenchError(
+            f"{server.url} has SAEs, so it is no server without the plugin. --plain-url names one that was started "
+            "without VLLM_PLUGINS=sae_steer, or without --sae."
+        )
 
 
 def vocabulary(server: Server, model: str) -> int:

@@ -1,15 +1,17 @@
 """``sae-steer bench``: what steering costs a server, measured so that anyone can check it."""
 
+import math
 import os
 import shlex
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from sae_steer.errors import StartError, SteerError
+from sae_steer_cli.options import ApiKey
 from sae_steer_cli.refusal import imports_of, refusals
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ bench = typer.Typer(no_args_is_help=True, help=BENCH_HELP)
 
 @bench.command(help=SERVE_HELP)
 def serve(
+    context: typer.Context,
     url: Annotated[str | None, typer.Option(metavar="URL", help="A server that runs, with the plugin.")] = None,
     launch: Annotated[
         str | None,
@@ -75,9 +78,7 @@ def serve(
         str | None, typer.Option(metavar="URL", help="The same server without the plugin, where one runs.")
     ] = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the first that the server lists.")] = None,
-    api_key: Annotated[
-        str | None, typer.Option(metavar="KEY", envvar="SAE_STEER_API_KEY", help="The server's Bearer key.")
-    ] = None,
+    api_key: ApiKey = None,
     admin_key: Annotated[
         str | None,
         typer.Option(
@@ -134,7 +135,7 @@ def serve(
     with refusals():
         with imports_of("bench"):
             from sae_steer_bench.options import Options
-        _check(url, launch, plain_url, resume, out)
+        _check(context)
         folder = resume or out or Path(f"sae-steer-bench-{datetime.now():%Y%m%d-%H%M%S}")
         options = Options(
             command=_command(),
@@ -165,14 +166,29 @@ def serve(
         _measure(options, resume=resume is not None)
 
 
-def _check(url: str | None, launch: str | None, plain_url: str | None, resume: Path | None, out: Path | None) -> None:
-    """Raises :class:`StartError` for options that do not go together."""
-    if url is not None and launch is not None:
+_WITH_RESUME = frozenset({"resume", "api_key", "admin_key", "profile", "timeout", "start_timeout"})
+"""Options that do not change what a run measures."""
+
+
+def _check(context: typer.Context) -> None:
+    """Raises :class:`StartError` for options that do not go together, or that are no values."""
+    given: dict[str, Any] = {
+        name: value
+        for name, value in context.params.items()
+        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    }
+    options = {name: f"--{name.replace('_', '-')}" for name in given}
+    if "url" in given and "launch" in given:
         raise StartError("--url names a server that runs, and --launch one that is started: give one of them.")
-    if resume is not None and any(value is not None for value in (url, launch, plain_url, out)):
-        raise StartError(
-            "--resume goes on with the run as it was begun, and takes no --url, --launch, --plain-url or --out."
-        )
+    others = [options[name] for name in given if name not in _WITH_RESUME]
+    if "resume" in given and others:
+        raise StartError(f"--resume goes on with the run as it was begun, and takes no {', '.join(others)}.")
+    for name, value in given.items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise StartError(f"{options[name]}: write a number.")
+        if name in ("url", "plain_url") and "@" in value:
+            raise StartError(f"{options[name]}: an address is written into the report, so it may hold no password.")
 
 
 def _command() -> str:
@@ -251,9 +267,13 @@ def compare(
         with imports_of("bench"):
             from sae_steer_bench.report import load
             from sae_steer_bench.result import compare as hold
-        rows = hold(load(one), load(other), "tpot_ms")
+            from sae_steer_bench.result import differences
+        first_run, second_run = load(one), load(other)
+        rows = hold(first_run, second_run, "tpot_ms")
         if not rows:
             raise StartError("The runs have no case in common.")
+        for difference in differences(first_run, second_run):
+            typer.echo(f"sae-steer: the runs are not of one thing: {difference}", err=True)
         for load_name, label, baseline, first, second, same in rows:
             verdict = "agree" if same else "DIFFER"
             texts = [f"{r.median:.3f} ({r.low:.3f} to {r.high:.3f})" for r in (first, second)]

@@ -5,7 +5,23 @@ from typing import Annotated, Literal
 
 import typer
 
-from sae_steer_cli.models import DType
+from sae_steer_cli.options import (
+    BatchTokens,
+    Device,
+    ElementType,
+    LabelColumn,
+    LabelledText,
+    LabelNames,
+    LabelSeparator,
+    MaxLength,
+    Model,
+    OneSae,
+    OnlyRows,
+    Quiet,
+    SkipUnlabelled,
+    SpanColumns,
+    TextColumn,
+)
 from sae_steer_cli.refusal import imports_of, refusals
 
 CALIBRATE_HELP = """
@@ -44,38 +60,21 @@ is killed goes on where it was when the same command is given again; no half-wri
 
 
 def calibrate(
-    model: Annotated[str, typer.Option(metavar="MODEL", help="A folder, a hub id, or `demo`: the embedded model.")],
-    data: Annotated[Path, typer.Option(metavar="FILE", help="Labelled text: .jsonl, .csv or .tsv, in UTF-8.")],
+    model: Model,
+    data: LabelledText,
     concept: Annotated[list[str], typer.Option(metavar="LABEL", help="A label to choose features for. Repeatable.")],
     out: Annotated[Path, typer.Option(metavar="DIR/NAME", help="The profile's folder; NAME is what requests call it.")],
-    sae: Annotated[
-        str | None,
-        typer.Option(
-            metavar="[NAME=]LOCATION[@SITE]",
-            help="The SAE: a folder or org/repo[/folder][#revision]. NAME is what the server will call it (`sae`).",
-        ),
-    ] = None,
-    text_column: Annotated[str, typer.Option(metavar="COLUMN", help="Where a row's text is.")] = "text",
-    label_column: Annotated[str, typer.Option(metavar="COLUMN", help="Where its label is.")] = "label",
-    label_separator: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What separates several labels of a row; JSON may hold a list.")
-    ] = None,
-    label_name: Annotated[
-        list[str] | None,
-        typer.Option(metavar="VALUE=LABEL", help="Call a label otherwise; several may become one. Repeatable."),
-    ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option(metavar="COLUMN=VALUE", help="Use only rows that have this. Repeatable.")
-    ] = None,
-    span_columns: Annotated[
-        str | None, typer.Option(metavar="START,END", help="Columns of the labelled span: characters, half-open.")
-    ] = None,
+    sae: OneSae = None,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    label_separator: LabelSeparator = None,
+    label_name: LabelNames = None,
+    only: OnlyRows = None,
+    span_columns: SpanColumns = None,
     word_column: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Column of the labelled word, sought in the text.")
     ] = None,
-    skip_unlabelled: Annotated[
-        bool, typer.Option("--skip-unlabelled", help="Leave rows without a label out, counted.")
-    ] = False,
+    skip_unlabelled: SkipUnlabelled = False,
     tokens: Annotated[
         Literal["last", "all", "labelled-span"],
         typer.Option(help="Which tokens of a text are observations: its last, each, or those of the labelled span."),
@@ -86,9 +85,7 @@ def calibrate(
     skip_bos: Annotated[
         bool, typer.Option("--skip-bos", help="Beginning-of-sequence tokens are neither observed nor, later, edited.")
     ] = False,
-    max_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a text that are run; default: the model's context.")
-    ] = None,
+    max_length: MaxLength = None,
     choice: Annotated[
         Literal["separability", "dprime"],
         typer.Option(help="Rank features by Jensen-Shannon distance from all other labels, or by d'."),
@@ -112,9 +109,9 @@ def calibrate(
         str,
         typer.Option(metavar="JSON", help='Arguments of vllm.LLM, such as {"tensor_parallel_size": 2}.'),
     ] = "{}",
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens that the model runs at once.")] = 4096,
-    dtype: Annotated[DType, typer.Option(help="Element type of the model; auto = the one its files state.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N; auto = a GPU where there is one.")] = "auto",
+    batch_tokens: BatchTokens = 4096,
+    dtype: ElementType = "auto",
+    device: Device = "auto",
     max_memory_mb: Annotated[
         int, typer.Option(min=8, help="Memory of the histograms; beyond it their bins become wider, and that is said.")
     ] = 256,
@@ -123,7 +120,7 @@ def calibrate(
     ] = 30.0,
     force: Annotated[bool, typer.Option("--force", help="Replace a profile of that name.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what an earlier run of this profile did.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """See ``CALIBRATE_HELP``."""
     with refusals(), imports_of("calibrate"):

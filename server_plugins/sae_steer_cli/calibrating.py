@@ -22,7 +22,8 @@ from sae_steer.calibration.shards import Shards
 from sae_steer.errors import DataError
 from sae_steer.limits import Limits
 from sae_steer.sae import Activation, Labels
-from sae_steer_cli.models import DType, NamedSae, load_model, load_sae, location_of
+from sae_steer_cli.models import NamedSae, load_model, load_sae, location_of
+from sae_steer_server.settings import DType
 
 
 @dataclass(frozen=True, slots=True)

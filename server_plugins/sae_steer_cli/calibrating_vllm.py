@@ -11,10 +11,11 @@ from typing import Any
 from sae_steer.calibration.model import of_source
 from sae_steer.calibration.observe import Observing, Tokeniser
 from sae_steer.errors import DataError, StartError
-from sae_steer_cli.models import DType, NamedSae, location_of
+from sae_steer_cli.models import NamedSae, location_of
 from sae_steer_cli.refusal import imports_of
+from sae_steer_server.settings import DType
 
-MODULE = "sae_steer_vllm.compat"
+MODULE = "sae_steer_vllm.compat.calibration"
 """Named, not imported: the command is used where vLLM is not installed, and knows of it only that it runs texts."""
 
 
@@ -42,7 +43,7 @@ def vllm_engine(
     # Before vllm is imported, which reads it once a process.
     os.environ["VLLM_PLUGINS"] = ",".join(filter(None, {"sae_steer", *os.environ.get("VLLM_PLUGINS", "").split(",")}))
     with imports_of("vllm"):
-        compat = import_module(MODULE)
+        host = import_module(MODULE)
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=False).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
@@ -50,7 +51,7 @@ def vllm_engine(
         raise StartError(f"The model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     observing = replace(observing, max_length=_length(observing.max_length, options, config))
     sae = {"name": named.name, "location": str(Path(named.sae.path).absolute()), "site": str(named.site)}
-    llm, params = compat.offline_engine(
+    llm, params = host.offline_engine(
         {
             **options,
             "model": place,

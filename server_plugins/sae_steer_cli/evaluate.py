@@ -1,10 +1,11 @@
 """``sae-steer evaluate``: whether an edit does what it is for, and what it costs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from sae_steer_cli.options import Device, ElementType, LabelColumn, LabelNames, Model, Quiet, TextColumn
 from sae_steer_cli.refusal import imports_of, refusals
 
 SUPPRESSION_HELP = """
@@ -33,7 +34,7 @@ def root() -> None:
 
 @evaluate.command(help=SUPPRESSION_HELP)
 def suppression(
-    model: Annotated[str, typer.Option(metavar="MODEL", help="Folder or hub id; `demo` = the embedded one.")],
+    model: Model,
     profile: Annotated[Path, typer.Option(metavar="DIR/NAME", help="A calibrated profile.")],
     data: Annotated[Path, typer.Option(metavar="FILE", help="Held-out labelled text: .csv, .tsv or .jsonl.")],
     concept: Annotated[str, typer.Option(metavar="LABEL", help="What is to be removed.")],
@@ -46,11 +47,9 @@ def suppression(
         Path | None,
         typer.Option(metavar="FILE", help="Labelled text for the readout; left out = half of --data, drawn once."),
     ] = None,
-    text_column: Annotated[str, typer.Option(metavar="NAME")] = "text",
-    label_column: Annotated[str, typer.Option(metavar="NAME")] = "label",
-    label_name: Annotated[
-        list[str] | None, typer.Option(metavar="VALUE=LABEL", help="Rename a label of the files; repeatable.")
-    ] = None,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    label_name: LabelNames = None,
     methods: Annotated[
         str, typer.Option(metavar="A,B", help="Of full-mask, range-mask, aura, dampening, app.")
     ] = "full-mask,range-mask,aura,dampening,app",
@@ -60,7 +59,10 @@ def suppression(
     ] = "0.25,0.5,0.75",
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Readouts, each fitted on its own draw of texts.")] = 5,
     samples: Annotated[int, typer.Option(min=0, max=100_000, help="Bootstrap samples of texts.")] = 500,
-    pool: Annotated[str, typer.Option(help="What the readout sees of a text: `mean` or `last` token.")] = "mean",
+    pool: Annotated[
+        Literal["mean", "last"],
+        typer.Option(help="What the readout sees of a text: the mean of its tokens, or its last."),
+    ] = "mean",
     label_words: Annotated[
         str | None,
         typer.Option(
@@ -71,9 +73,9 @@ def suppression(
     plain_texts: Annotated[int, typer.Option(min=1, help="Most plain texts that are used.")] = 400,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a text that are used.")] = 256,
     batch_tokens: Annotated[int, typer.Option(min=2, help="Tokens in a forward pass.")] = 4096,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    dtype: ElementType = "float32",
+    device: Device = "auto",
+    quiet: Quiet = False,
 ) -> None:
     """See ``SUPPRESSION_HELP``."""
     with refusals(), imports_of("calibrate"):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import typer
@@ -32,8 +32,9 @@ from sae_steer.evaluation.texts import Texts
 from sae_steer.inprocess import Steer
 from sae_steer.limits import Limits
 from sae_steer.sae import Activation
-from sae_steer_cli.models import DEMO, DType, NamedSae, load_model, load_sae, location_of
+from sae_steer_cli.models import DEMO, NamedSae, columns_of, load_model, load_sae, location_of
 from sae_steer_cli.refusal import writes
+from sae_steer_server.settings import DType
 
 _LEAST_TEXTS = 10
 _READOUTS = {
@@ -41,7 +42,6 @@ _READOUTS = {
     "last": "a logistic regression on the last token's final hidden state",
     "words": "the model's own probability of each label's word",
 }
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,21 +64,17 @@ class Job:
     levels: tuple[float, ...]
     seeds: int
     samples: int
-    pool: str
+    pool: Pool
     label_words: str | None
     plain_texts: int
     max_tokens: int
     batch_tokens: int
-    dtype: str
+    dtype: DType
     device: str
     quiet: bool
 
     def check(self) -> None:
         """Raises :class:`StartError` for what the options cannot say by themselves."""
-        if self.pool not in ("mean", "last"):
-            raise StartError(f"--pool {self.pool!r}: write mean or last.")
-        if self.dtype not in _DTYPES:
-            raise StartError(f"--dtype {self.dtype!r}: write one of {', '.join(_DTYPES)}.")
         if "full-mask" not in self.methods:
             raise StartError("--methods: full-mask must be among them; the others are matched to what it takes away.")
         if max(self.levels) > 1:
@@ -89,7 +85,7 @@ def run(job: Job) -> SuppressionResult:
     """Measures, writes the results, and says where they are; raises :class:`StartError` for what cannot be used."""
     job.check()
     with _said():
-        model, tokenizer = load_model(job.model, cast(DType, job.dtype), job.device)
+        model, tokenizer = load_model(job.model, job.dtype, job.device)
         named = load_sae(job.sae, job.model)
         catalog = _catalog(job, named)
         stored = catalog.calibration(job.profile.name, param=str(job.profile))
@@ -162,8 +158,7 @@ def _read(path: Path, columns: Columns, most: int | None = None) -> list[Text]:
 
 def _labelled(job: Job, tokenizer: PreTrainedTokenizerBase, stored: StoredCalibration) -> tuple[Texts, Texts]:
     """What is evaluated, and what the readout learns from."""
-    names = dict(item.split("=", 1) for item in job.label_names if "=" in item)
-    columns = Columns(text=job.text_column, label=job.label_column, names=names)
+    columns = columns_of(text=job.text_column, label=job.label_column, names=job.label_names)
     held_out = _texts(job, tokenizer, stored, job.data, columns)
     if job.train is not None:
         return held_out, _texts(job, tokenizer, stored, job.train, columns)
@@ -197,8 +192,8 @@ def _bench(
     concept = stored.concept(job.concept, param="--concept")
     own = [row for row, label in enumerate(labelled.labels) if label == concept]
     others = [row for row, label in enumerate(labelled.labels) if label != concept]
-    plain_columns = Columns(text=job.text_column, label=None)
-    written = [row.text for row in _read(job.plain, plain_columns, job.plain_texts)]
+    columns = columns_of(text=job.text_column, label=None)
+    written = [row.text for row in _read(job.plain, columns, job.plain_texts)]
     plain = Texts.of(tokenizer, written, [0] * len(written), job.max_tokens)
     return Bench(
         steer,
@@ -207,7 +202,7 @@ def _bench(
         plain=plain.require(_LEAST_TEXTS, "of plain text"),
         concept=concept,
         words=_words(job, tokenizer, stored),
-        pool=cast(Pool, job.pool),
+        pool=job.pool,
         batch_tokens=job.batch_tokens,
     )
 

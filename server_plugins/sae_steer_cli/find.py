@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sae_steer_cli.models import DType
+from sae_steer_cli.options import (
+    BatchTokens,
+    Device,
+    ElementType,
+    MaxLength,
+    Model,
+    OneSae,
+    OnlyRows,
+    Quiet,
+    TextColumn,
+)
 from sae_steer_cli.refusal import imports_of, refusals
 
 if TYPE_CHECKING:
@@ -30,16 +40,12 @@ to see the strongest features. What is found can be tried at once: `{"op": "abla
 
 
 def find(
-    model: Annotated[str, typer.Option(metavar="MODEL", help="A folder, a hub id, or `demo`: the embedded model.")],
+    model: Model,
     positive: Annotated[Path, typer.Option(metavar="FILE", help="Text that has what is sought.")],
     negative: Annotated[Path, typer.Option(metavar="FILE", help="Text that is alike but for that.")],
-    sae: Annotated[
-        str | None, typer.Option(metavar="[NAME=]LOCATION[@SITE]", help="The SAE: a folder or a place on the hub.")
-    ] = None,
-    text_column: Annotated[str, typer.Option(metavar="COLUMN", help="Where a row's text is.")] = "text",
-    only: Annotated[
-        list[str] | None, typer.Option(metavar="COLUMN=VALUE", help="Use only rows that have this. Repeatable.")
-    ] = None,
+    sae: OneSae = None,
+    text_column: TextColumn = "text",
+    only: OnlyRows = None,
     tokens: Annotated[
         Literal["last", "all"], typer.Option(help="Which tokens of a text are compared: each, or its last.")
     ] = "all",
@@ -57,14 +63,12 @@ def find(
         int, typer.Option(min=0, help="Texts of each file that are searched for examples.")
     ] = 1000,
     examples: Annotated[int, typer.Option(min=0, max=100, help="Examples of each feature.")] = 3,
-    max_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a text that are run; default: the model's context.")
-    ] = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens that the model runs at once.")] = 4096,
-    dtype: Annotated[DType, typer.Option(help="Element type of the model; auto = the one its files state.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N; auto = a GPU where there is one.")] = "auto",
+    max_length: MaxLength = None,
+    batch_tokens: BatchTokens = 4096,
+    dtype: ElementType = "auto",
+    device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """See ``FIND_HELP``."""
     with refusals(), imports_of("calibrate"):

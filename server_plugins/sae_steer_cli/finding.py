@@ -18,7 +18,8 @@ from sae_steer.calibration.statistics import Statistics
 from sae_steer.catalog import CatalogSae
 from sae_steer.errors import DataError
 from sae_steer.sae import Activation, Labels
-from sae_steer_cli.models import DType, NamedSae, columns_of, load_model, load_sae
+from sae_steer_cli.models import NamedSae, columns_of, load_model, load_sae
+from sae_steer_server.settings import DType
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from sae_steer.errors import DataError, StartError
 from sae_steer.sites import Site
+from sae_steer_server.settings import DType
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from sae_steer.calibration.data import Columns
     from sae_steer.sae import Sae
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
 DEMO = "demo"
 
 

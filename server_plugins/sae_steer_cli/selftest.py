@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sae_steer.errors import StartError
+from sae_steer_cli.options import ApiKey
 from sae_steer_cli.refusal import imports_of, refusals
 
 if TYPE_CHECKING:
@@ -50,9 +51,7 @@ def selftest(
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="The model to ask; default: the first that the server lists.")
     ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(metavar="KEY", envvar="SAE_STEER_API_KEY", help="The server's Bearer key.")
-    ] = None,
+    api_key: ApiKey = None,
     sae: Annotated[
         str | None, typer.Option(metavar="NAME", help="The SAE to steer with; default: any that the server has.")
     ] = None,

@@ -5,7 +5,23 @@ from typing import Annotated, Literal
 
 import typer
 
-from sae_steer_cli.models import DType
+from sae_steer_cli.options import (
+    BatchTokens,
+    Device,
+    ElementType,
+    LabelColumn,
+    LabelledText,
+    LabelNames,
+    LabelSeparator,
+    MaxLength,
+    Model,
+    OnlyRows,
+    Quiet,
+    Saes,
+    SkipUnlabelled,
+    SpanColumns,
+    TextColumn,
+)
 from sae_steer_cli.refusal import imports_of, refusals, writes
 
 SEPARABILITY_HELP = """
@@ -24,40 +40,28 @@ feature. """
 
 
 def separability(
-    model: Annotated[str, typer.Option(metavar="MODEL", help="A folder, a hub id, or `demo`: the embedded model.")],
-    data: Annotated[Path, typer.Option(metavar="FILE", help="Labelled text: .jsonl, .csv or .tsv, in UTF-8.")],
+    model: Model,
+    data: LabelledText,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the report.")],
-    sae: Annotated[list[str] | None, typer.Option(metavar="[NAME=]LOCATION[@SITE]", help="An SAE. Repeatable.")] = None,
+    sae: Saes = None,
     concept: Annotated[
         list[str] | None, typer.Option(metavar="LABEL", help="A label whose best features are shown. All: none named.")
     ] = None,
-    text_column: Annotated[str, typer.Option(metavar="COLUMN", help="Where a row's text is.")] = "text",
-    label_column: Annotated[str, typer.Option(metavar="COLUMN", help="Where its label is.")] = "label",
-    label_separator: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What separates several labels of a row.")
-    ] = None,
-    label_name: Annotated[
-        list[str] | None, typer.Option(metavar="VALUE=LABEL", help="Call a label otherwise. Repeatable.")
-    ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option(metavar="COLUMN=VALUE", help="Use only rows that have this. Repeatable.")
-    ] = None,
-    span_columns: Annotated[
-        str | None, typer.Option(metavar="START,END", help="Columns of the labelled span: characters, half-open.")
-    ] = None,
-    skip_unlabelled: Annotated[
-        bool, typer.Option("--skip-unlabelled", help="Leave rows without a label out, counted.")
-    ] = False,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    label_separator: LabelSeparator = None,
+    label_name: LabelNames = None,
+    only: OnlyRows = None,
+    span_columns: SpanColumns = None,
+    skip_unlabelled: SkipUnlabelled = False,
     tokens: Annotated[
         Literal["last", "all", "labelled-span"], typer.Option(help="Which tokens of a text are observations.")
     ] = "last",
-    max_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a text that are run; default: the model's context.")
-    ] = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens that the model runs at once.")] = 4096,
-    dtype: Annotated[DType, typer.Option(help="Element type of the model; auto = the one its files state.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N; auto = a GPU where there is one.")] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+    max_length: MaxLength = None,
+    batch_tokens: BatchTokens = 4096,
+    dtype: ElementType = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
 ) -> None:
     """See ``SEPARABILITY_HELP``."""
     with refusals(), imports_of("calibrate"):

@@ -9,8 +9,9 @@ import typer
 from sae_steer.errors import StartError
 from sae_steer.limits import Limits
 from sae_steer.sites import Site
+from sae_steer_cli.options import Device, ElementType
 from sae_steer_cli.refusal import imports_of, refusals
-from sae_steer_server.settings import DType, LabelSource, SaeSource, Settings, VectorSource
+from sae_steer_server.settings import LabelSource, SaeSource, Settings, VectorSource
 from sae_steer_server.sockets import bind
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -93,8 +94,8 @@ def serve(
     served_model_name: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="What requests call the model. Repeatable.")
     ] = None,
-    dtype: Annotated[DType, typer.Option(help="Element type of the model; auto = the one its files state.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N; auto = a GPU where there is one.")] = "auto",
+    dtype: ElementType = "auto",
+    device: Device = "auto",
     host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port to bind; 0 = any free one, which is printed.")

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from sae_steer_cli.models import DType
+from sae_steer_cli.options import BatchTokens, Device, ElementType, Model, Quiet, Saes, TextColumn
 from sae_steer_cli.refusal import imports_of, refusals
 
 SWEEP_HELP = """
@@ -39,11 +39,11 @@ DIR gets sweep.json and sweep.png. A sweep that is killed goes on when the same 
 
 
 def sweep(
-    model: Annotated[str, typer.Option(metavar="MODEL", help="A folder, a hub id, or `demo`: the embedded model.")],
+    model: Model,
     plain: Annotated[Path, typer.Option(metavar="FILE", help="Text on which perplexity and dose are measured.")],
     strengths: Annotated[str, typer.Option(metavar="A,B,…", help="The strengths to try.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the results.")],
-    sae: Annotated[list[str] | None, typer.Option(metavar="[NAME=]LOCATION[@SITE]", help="An SAE. Repeatable.")] = None,
+    sae: Saes = None,
     feature: Annotated[int | None, typer.Option(min=0, help="Sweep this feature of the SAE.")] = None,
     vector: Annotated[
         Path | None, typer.Option(metavar="FILE.safetensors", help="Sweep this direction, added at each --site.")
@@ -71,15 +71,15 @@ def sweep(
     prompt: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="What stands before the phrases. Repeatable.")
     ] = None,
-    text_column: Annotated[str, typer.Option(metavar="COLUMN", help="Where a row's text is.")] = "text",
+    text_column: TextColumn = "text",
     texts: Annotated[int, typer.Option(min=1, help="Most texts of each file.")] = 200,
     max_length: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a text that are run; default: the model's context.")
     ] = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens that the model runs at once.")] = 4096,
-    dtype: Annotated[DType, typer.Option(help="Element type of the model; auto = the one its files state.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N; auto = a GPU where there is one.")] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+    batch_tokens: BatchTokens = 4096,
+    dtype: ElementType = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
 ) -> None:
     """See ``SWEEP_HELP``."""
     with refusals(), imports_of("calibrate"):

@@ -25,8 +25,9 @@ from sae_steer.catalog import Catalog, CatalogSae, ProfileStore, Vector
 from sae_steer.errors import DataError, RequestError, RunFailed, StartError
 from sae_steer.sae import Activation
 from sae_steer.sites import Site
-from sae_steer_cli.models import DType, NamedSae, columns_of, load_model, load_sae, location_of
+from sae_steer_cli.models import NamedSae, columns_of, load_model, load_sae, location_of
 from sae_steer_cli.refusal import writes
+from sae_steer_server.settings import DType
 
 
 @dataclass(frozen=True, slots=True)

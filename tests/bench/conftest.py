@@ -26,6 +26,14 @@ def served(base_settings: Settings, tmp_path_factory: pytest.TempPathFactory) ->
     server.stop()
 
 
+@pytest.fixture(scope="module")
+def bare(base_settings: Settings) -> Iterator[Served]:
+    """The same server with nothing attached."""
+    server = Served(replace(base_settings, saes=(), vectors=()))
+    yield server
+    server.stop()
+
+
 def options(folder: Path, **changes: object) -> Options:
     """Options of a run as short as there can be one."""
     base = Options(

@@ -1,9 +1,11 @@
 """The commands of ``--launch``, with the plugin and without it."""
 
+import errno
 import json
 import os
 import socket
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,10 @@ from typer.main import get_command
 from sae_steer import embedded
 from sae_steer_bench.commands import DEMO_COMMAND, Command
 from sae_steer_bench.errors import BenchError
-from sae_steer_bench.launch import Launched, free_port
+from sae_steer_bench.launch import Launched, Port
 from sae_steer_bench.run import Run
 from sae_steer_cli.cli import app
+from sae_steer_http.client import Unreachable
 from tests.bench.conftest import options, silent
 
 
@@ -121,7 +124,10 @@ def test_a_module_is_a_command_too() -> None:
         ("/no/such/vllm serve M", "no program"),
         ("vllm serve M --port many", "not a number"),
         ("vllm serve M --api-key=sesame", "it may hold no key"),
+        ("vllm serve M --api_key sesame", "it may hold no key"),
+        ("vllm serve M --hf-token=sesame", "it may hold no key"),
         ("SAE_STEER_ADMIN_KEY=sesame sae-steer serve demo", "it may hold no key"),
+        ("HF_TOKEN=sesame vllm serve M", "it may hold no key"),
     ],
 )
 def test_what_cannot_be_launched(text: str, said: str) -> None:
@@ -136,16 +142,68 @@ def test_a_taken_port() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(BenchError, match=f"port {port} of 127.0.0.1 is taken"):
-            free_port(port)
+            Port(port)
+
+
+def test_a_port_is_kept_until_its_server_listens(tmp_path: Path) -> None:
+    """Who asks for the port while the server is loading does not get it, and the server does."""
+    go = tmp_path / "go"
+    program = (
+        "import http.server, pathlib, sys, time\n"
+        "while not pathlib.Path(sys.argv[2]).exists(): time.sleep(0.02)\n"
+        "class Handler(http.server.BaseHTTPRequestHandler):\n"
+        "    def do_GET(self):\n"
+        "        self.send_response(200)\n"
+        "        self.end_headers()\n"
+        "http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), Handler).serve_forever()\n"
+    )
+    port = Port(None)
+    argv = [sys.executable, "-c", program, str(port.number), str(go)]
+    tried: list[OSError] = []
+
+    def intrude() -> None:
+        with socket.socket() as other:
+            try:
+                other.bind(("127.0.0.1", port.number))
+            except OSError as error:
+                tried.append(error)
+        go.touch()
+
+    timer = threading.Timer(0.2, intrude)
+    timer.start()
+    with Launched(argv, {}, port=port, log=tmp_path / "log", timeout=60) as server:
+        timer.join()
+        assert [error.errno for error in tried] == [errno.EADDRINUSE]
+        assert server.ended() is None
+
+
+DYING = """#!{python}
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler)
+server.handle_request()
+sys.exit("no memory is left")
+"""
+
+
+def test_a_server_that_is_ready_and_ends_says_why(tmp_path: Path) -> None:
+    (tmp_path / "vllm").write_text(DYING.format(python=sys.executable))
+    (tmp_path / "vllm").chmod(0o755)
+    run = Run(options(tmp_path / "run", launch=f"{tmp_path}/vllm serve M", plain_url="http://127.0.0.1:9"), silent())
+    with pytest.raises(Unreachable, match=r"(?s)cannot be reached.* ended with 1; its log, .*no memory is left"):
+        run.measure(resume=False)
 
 
 def test_a_server_that_ends_says_why(tmp_path: Path) -> None:
     program = [sys.executable, "-c", "import sys; sys.exit('the model is not there')"]
     with pytest.raises(BenchError, match=r"ended with 1.*the model is not there"):
-        Launched(program, {}, port=free_port(None), log=tmp_path / "log", timeout=60)
+        Launched(program, {}, port=Port(None), log=tmp_path / "log", timeout=60)
 
 
 def test_a_server_that_is_never_ready_is_ended(tmp_path: Path) -> None:
     program = [sys.executable, "-c", "import time; print('loading', flush=True); time.sleep(600)"]
     with pytest.raises(BenchError, match=r"not ready after 1 s.*loading"):
-        Launched(program, {}, port=free_port(None), log=tmp_path / "log", timeout=1)
+        Launched(program, {}, port=Port(None), log=tmp_path / "log", timeout=1)

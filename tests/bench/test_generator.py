@@ -11,7 +11,7 @@ import pytest
 from sae_steer_bench import load_vllm
 from sae_steer_bench.cases import Cases
 from sae_steer_bench.connect import Servers, generator
-from sae_steer_bench.launch import Launched, free_port
+from sae_steer_bench.launch import Launched, Port
 from sae_steer_bench.load import Address
 from sae_steer_bench.load_openai import OpenAILoad
 from sae_steer_bench.load_vllm import VllmLoad
@@ -44,8 +44,8 @@ def storing(base_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture
 def process(tmp_path: Path) -> Iterator[Launched]:
     """A process that a run has started."""
-    port = free_port(None)
-    argv = [sys.executable, "-c", HEALTHY, str(port)]
+    port = Port(None)
+    argv = [sys.executable, "-c", HEALTHY, str(port.number)]
     with Launched(argv, {}, port=port, log=tmp_path / "process.log", timeout=60) as launched:
         yield launched
 

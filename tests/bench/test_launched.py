@@ -11,7 +11,7 @@ import httpx
 import psutil
 import pytest
 
-from sae_steer_bench.launch import Launched, free_port
+from sae_steer_bench.launch import Launched, Port
 from sae_steer_bench.report import load
 from sae_steer_bench.run import Run
 from tests.bench.conftest import TINY, options, silent
@@ -68,8 +68,8 @@ def test_a_slowed_plugin_is_seen(tmp_path: Path) -> None:
     """The same server with a sleep in its edit: the ratio to idle requests of that server tells."""
     found = {}
     for milliseconds in (0, 30):
-        port = free_port(None)
-        argv = [sys.executable, str(SLOWED), str(milliseconds), "serve", "demo", "--port", str(port)]
+        port = Port(None)
+        argv = [sys.executable, str(SLOWED), str(milliseconds), "serve", "demo", "--port", str(port.number)]
         with Launched(argv, dict(os.environ), port=port, log=tmp_path / f"{milliseconds}.log", timeout=120) as server:
             folder = tmp_path / str(milliseconds)
             run = Run(options(folder, url=server.url, cases=("one", "half"), output_tokens=16, rounds=5), silent())

@@ -15,7 +15,7 @@ from rich.console import Console
 from sae_steer_bench.errors import BenchError
 from sae_steer_bench.records import LoadPlan, Plan, Result, RoundEnd
 from sae_steer_bench.report import load, write
-from sae_steer_bench.result import compare, result_of
+from sae_steer_bench.result import compare, differences, result_of
 from sae_steer_bench.table import tables
 from tests.bench.results import NASTY, measurement, plan, result
 
@@ -140,6 +140,14 @@ def test_two_runs_are_held_against_each_other() -> None:
     verdicts = {(row[1], row[2]): row[-1] for row in compare(result(1.25), result(1.5), "tpot_ms")}
     assert verdicts["one program", "plain"] is False
     assert verdicts["plugin, nobody steers", "plain"] is True
+
+
+def test_what_two_runs_do_not_have_in_common_is_told() -> None:
+    assert differences(result(), result(1.5)) == []
+    other = result(output_tokens=8, loads=[LoadPlan(name="closed", concurrency=8), LoadPlan(name="r", concurrency=8)])
+    assert differences(result(), other) == [
+        "concurrency was 4 and 8", "output_tokens was 4 and 8", "only one of them has the load 'r'",
+    ]  # fmt: skip
 
 
 def test_every_field_is_documented() -> None:

@@ -21,10 +21,13 @@ from typer.testing import CliRunner
 
 from sae_steer_bench.errors import BenchError, LoadFailed
 from sae_steer_bench.journal import NAME, read
+from sae_steer_bench.load import Address, Work
+from sae_steer_bench.load_openai import OpenAILoad
 from sae_steer_bench.machine import machine, versions
-from sae_steer_bench.records import Measurement
+from sae_steer_bench.records import LoadPlan, Measurement
 from sae_steer_bench.report import load
 from sae_steer_bench.run import Run
+from sae_steer_bench.samples import Batch
 from sae_steer_cli.cli import app
 from sae_steer_http.client import Unreachable
 from sae_steer_server.settings import Settings
@@ -42,9 +45,9 @@ def bench(*words: str) -> Any:
     return CliRunner().invoke(app, ["bench", *words], env=PLAIN)
 
 
-def test_a_whole_run_of_a_running_server(served: Served, tmp_path: Path) -> None:
+def test_a_whole_run_of_a_running_server(served: Served, bare: Served, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    done = bench("serve", "--url", served.url, "--plain-url", served.url, "--rate", "0", *TINY, "--out", str(out))
+    done = bench("serve", "--url", served.url, "--plain-url", bare.url, "--rate", "0", *TINY, "--out", str(out))
     assert done.exit_code == 0, done.output
     result = load(out)
     assert result.rounds == 5
@@ -59,6 +62,7 @@ def test_a_whole_run_of_a_running_server(served: Served, tmp_path: Path) -> None
     assert "HTTP 400" in str(by_key["features_64"].reason)
     assert "(max_programs)" in str(by_key["programs_8"].reason)
     closed, fixed = result.plan.loads
+    assert (closed.name, fixed.name) == ("closed", "half rate")
     assert closed.rate is None
     assert fixed.rate is not None
     assert fixed.rate > 0
@@ -71,7 +75,8 @@ def test_a_whole_run_of_a_running_server(served: Served, tmp_path: Path) -> None
     assert len(orders) > 1
     assert (out / "report.html").stat().st_size > 10_000
     assert "one program for all" in done.stdout
-    assert bench("compare", str(out), str(out)).exit_code == 0
+    same = bench("compare", str(out), str(out))
+    assert (same.exit_code, same.stderr) == (0, "")
 
 
 def test_requests_are_steered_as_the_case_says(served: Served, tmp_path: Path) -> None:
@@ -273,6 +278,27 @@ def test_a_report_takes_a_folder(tmp_path: Path) -> None:
     assert done.stderr == f"sae-steer: The report cannot be written: File exists ({tmp_path / 'plots'}).\n"
 
 
+def test_a_server_with_saes_is_not_one_without_the_plugin(served: Served, tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="has SAEs, so it is no server without the plugin"):
+        Run(options(tmp_path, url=served.url, plain_url=served.url), silent()).measure(resume=False)
+
+
+def test_answers_of_another_length_are_no_pairs(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = OpenAILoad.run
+
+    def shorter(self: OpenAILoad, address: Address, work: Work, load: LoadPlan) -> Batch:
+        """What a server does that ends steered answers earlier."""
+        return send(self, address, replace(work, output_tokens=3) if work.bodies[0] else work, load)
+
+    monkeypatch.setattr(OpenAILoad, "run", shorter)
+    run = Run(options(tmp_path, url=served.url, cases=("one",)), silent())
+    with pytest.raises(LoadFailed, match=r"one program for all.*: 2 of 2 requests .* \[3\] tokens where 4 were asked"):
+        run.measure(resume=False)
+    assert run.done == []
+
+
 def test_no_server(tmp_path: Path) -> None:
     with pytest.raises(Unreachable, match="cannot be reached"):
         Run(options(tmp_path, url="http://127.0.0.1:9"), silent()).measure(resume=False)
@@ -300,6 +326,13 @@ def test_what_does_not_fit_the_server(served: Served, tmp_path: Path, changes: d
     [
         (("--url", "http://127.0.0.1:1", "--launch", "vllm serve M"), "give one of them"),
         (("--resume", "x", "--url", "http://127.0.0.1:1"), "--resume goes on with the run"),
+        (("--resume", "x", "--minutes", "9", "--rate", "2", "--quick"), "takes no --minutes, --rate, --quick"),
+        (("--resume", "x", "--seed", "0"), "takes no --seed"),
+        (("--minutes", "inf"), "--minutes: write a number"),
+        (("--rate", "inf"), "--rate: write a number"),
+        (("--value", "nan"), "--value: write a number"),
+        (("--url", "http://me:sesame@127.0.0.1:1"), "--url: an address is written into the report"),
+        (("--plain-url", "http://me:sesame@127.0.0.1:1"), "--plain-url: an address is written into the report"),
         (("--resume", "/no/such/folder"), "holds no run"),
         (("--launch", "sleep 5"), "only `vllm serve ...`"),
         (("--url", "localhost:8000"), "is not an address"),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tests.conformance.cases import Case
+from tests.conformance.asks import Case
 
 # What float32 may differ by from float64. Through the six layers of the model the largest difference seen, on any path,
 # was 7e-6 in a log-probability, 2e-6 of an activation and 6e-7 in a dose; other processors add in another order.

@@ -22,7 +22,8 @@ from sae_steer.schema import (
 from sae_steer.sites import Site
 from tests import reference_model
 from tests.conformance.answers import Asked, Choice, Expected
-from tests.conformance.cases import PROMPTS, SITES, Ask, Case
+from tests.conformance.asks import Ask, Case
+from tests.conformance.catalog import PROMPTS, SITES
 from tests.conformance.read_definition import read_by_definition
 from tests.steered_models import SteeredModel
 

@@ -12,7 +12,7 @@ import httpx
 from openai import APIStatusError, OpenAI
 
 from tests.conformance.answers import Asked, Choice, read_part
-from tests.conformance.cases import CACHE_BLOCKS, CONTEXT, STEP_TOKENS, Files
+from tests.conformance.catalog import CACHE_BLOCKS, CONTEXT, STEP_TOKENS, Files
 from tests.vllm.conftest import NAME, Setup, VllmServer
 
 OPTIONS = {

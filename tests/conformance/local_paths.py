@@ -21,7 +21,7 @@ from sae_steer.sites import Site
 from sae_steer_server.engine.engine import Chunk, Engine, Sampling
 from sae_steer_server.http.generation import Outcome
 from tests.conformance.answers import Asked, Choice, read_part
-from tests.conformance.cases import CONTEXT, LIMITS, SAE, SITES, Files
+from tests.conformance.catalog import CONTEXT, LIMITS, SAE, SITES, Files
 
 
 @dataclass

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from tests.conformance.answers import CLOSEST, Path, faults
-from tests.conformance.cases import CASES, Case, Files
+from tests.conformance.asks import Case
+from tests.conformance.cases import CASES
+from tests.conformance.catalog import Files
 from tests.conformance.definition import Definition
 from tests.conformance.http_path import served
 from tests.conformance.local_paths import attached, embedded_engine

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from sae_steer import embedded
 from tests.conformance.answers import Asked, Choice
-from tests.conformance.cases import BLOCK, CACHE_BLOCKS, CONTEXT, STEP_TOKENS, Files
+from tests.conformance.catalog import BLOCK, CACHE_BLOCKS, CONTEXT, STEP_TOKENS, Files
 from tests.conformance.vllm_engine import EngineSettings
 
 OPTIONS: Mapping[str, Any] = {

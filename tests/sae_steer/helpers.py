@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from sae_steer.capabilities import IN_PROCESS, Capabilities
 from sae_steer.catalog import Catalog, CatalogSae, Vector
 from sae_steer.compiler import compile_program
+from sae_steer.errors import RequestError
 from sae_steer.limits import Limits
 from sae_steer.program import Program
 from sae_steer.sae import open_sae
@@ -72,6 +74,13 @@ def compile_doc(
     return compile_program(
         parse_steering(document), catalog, capabilities, limits or Limits(), sites=sites, bos_token_id=bos
     )
+
+
+def refused_doc(document: Json, catalog: Catalog, **kwargs: Any) -> RequestError:
+    """Why a document is refused; it must be."""
+    with pytest.raises(RequestError) as caught:
+        compile_doc(document, catalog, **kwargs)
+    return caught.value
 
 
 def program(*interventions: Json, catalog: Catalog, limits: Limits | None = None, **fields: Any) -> Program:

@@ -1,26 +1,22 @@
-"""The compiler refuses what cannot be honoured exactly, by code and path, and equal meanings have equal digests."""
+"""The compiler refuses what cannot be honoured exactly, by code and path, and compiles the rest."""
 
-import contextlib
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_steer import read_compiler
 from sae_steer.catalog import Catalog, CatalogSae
 from sae_steer.compiler import MAX_SELECTORS
 from sae_steer.errors import RequestError
-from sae_steer.footprint import Footprint
 from sae_steer.limits import Limits
-from sae_steer.program import Phase, Program
+from sae_steer.program import Phase
 from sae_steer.sae import open_sae
-from sae_steer.schema import MAX_READ_FEATURES, parse_profile
 from sae_steer.sites import Site
 from tests.sae_files import write_saelens
+from tests.sae_steer.compiled_documents import profiled_catalog, without_later
 from tests.sae_steer.helpers import (
     BOS,
     FEATURES,
@@ -31,7 +27,7 @@ from tests.sae_steer.helpers import (
     edit,
     make_catalog,
     program,
-    reversed_keys,
+    refused_doc,
     steering,
     vector_edit,
 )
@@ -43,31 +39,7 @@ APP: Json = {"op": "app", "sae": "r1", "calibration": "c", "concept": "rude"}
 
 @pytest.fixture(scope="module")
 def catalog(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
-    catalog = make_catalog(tmp_path_factory.mktemp("catalog"))
-    r1 = catalog.sae("r1").sae.fingerprint
-    for name, fields in {
-        "calm": {"interventions": [edit(features=[3, 4], op="ablate", value=None)], "saes": {"r1": r1}},
-        "also": {"interventions": [edit(features=[4])]},
-        "other": {"interventions": [edit(sae="r1b")]},
-        "stale": {"interventions": [edit()], "saes": {"r1": "sha256:0"}},
-        "lost": {"interventions": [edit()], "saes": {"gone": "sha256:0"}},
-        "prompted": {"interventions": [edit(features=[3], positions="prompt")]},
-        "straight": {"interventions": [vector_edit()]},
-    }.items():
-        catalog.put_profile(parse_profile({"name": name, **fields}))
-    return catalog
-
-
-def refused(document: Json, catalog: Catalog, **kwargs: Any) -> RequestError:
-    with pytest.raises(RequestError) as caught:
-        compile_doc(document, catalog, **kwargs)
-    return caught.value
-
-
-def digest(document: Json, catalog: Catalog) -> str:
-    compiled = compile_doc(document, catalog)
-    assert compiled is not None
-    return compiled.digest
+    return profiled_catalog(tmp_path_factory.mktemp("catalog"))
 
 
 # ------------------------------------------------------------------------------------------- refusals
@@ -183,13 +155,13 @@ REFUSALS: dict[str, tuple[Json, str, str]] = {
 @pytest.mark.parametrize("case", REFUSALS)
 def test_refusals(case: str, catalog: Catalog) -> None:
     document, code, param = REFUSALS[case]
-    error = refused(document, catalog)
+    error = refused_doc(document, catalog)
     assert (error.code, error.param, error.status) == (code, param, 400)
 
 
 def test_skip_bos_needs_a_bos(catalog: Catalog) -> None:
     document = steering(edit(skip_bos=True))
-    error = refused(document, catalog, bos=None)
+    error = refused_doc(document, catalog, bos=None)
     assert (error.code, error.param) == ("unsupported", f"{HERE}.skip_bos")
     assert program(edit(skip_bos=True), catalog=catalog).selectors[0].skip_token == BOS
 
@@ -208,7 +180,7 @@ def test_a_file_that_is_whole_at_one_site_is_not_whole_at_another(order: str, tm
     entries = [CatalogSae.make("part", sae), CatalogSae.make("whole", sae, site=there, whole=True)]
     catalog = Catalog(entries if order == "whole last" else entries[::-1])
     sites = [Site.parse("resid_post.1"), there]
-    assert refused(steering(edit(sae="part"), error="drop"), catalog, sites=sites).param == "steering.error"
+    assert refused_doc(steering(edit(sae="part"), error="drop"), catalog, sites=sites).param == "steering.error"
     compiled = compile_doc(steering(edit(sae="whole"), error="drop"), catalog, sites=sites)
     assert compiled is not None
     assert compiled.sites[0].drop is not None
@@ -234,7 +206,7 @@ def test_limits(limits: Limits, document: Json, fits: bool, catalog: Catalog) ->
     if fits:
         assert compile_doc(document, catalog, limits=limits) is not None
     else:
-        error = refused(document, catalog, limits=limits)
+        error = refused_doc(document, catalog, limits=limits)
         assert (error.code, error.param) == ("limit_exceeded", "steering.interventions")
 
 
@@ -252,13 +224,13 @@ def test_the_lower_of_two_dose_limits_holds(asked: float | None, held: float, li
 def test_dropping_the_error_of_a_skip_transcoder_is_refused(tmp_path: Path) -> None:
     write_saelens(tmp_path / "sk", architecture="skip_transcoder")
     catalog = Catalog([CatalogSae.make("sk", open_sae(tmp_path / "sk"), whole=True)])
-    error = refused(steering(edit(sae="sk"), error="drop"), catalog, sites=(catalog.sae("sk").site,))
+    error = refused_doc(steering(edit(sae="sk"), error="drop"), catalog, sites=(catalog.sae("sk").site,))
     assert (error.code, error.param) == ("unsupported", "steering.error")
     assert "W_skip" in error.message
 
 
 def test_dropping_the_error_of_nothing_is_refused(catalog: Catalog) -> None:
-    assert refused({"error": "drop"}, catalog).param == "steering.error"
+    assert refused_doc({"error": "drop"}, catalog).param == "steering.error"
 
 
 def test_the_order_of_what_is_asked_and_how_ranges_are_cut_make_no_difference(catalog: Catalog) -> None:
@@ -273,7 +245,7 @@ def test_the_order_of_what_is_asked_and_how_ranges_are_cut_make_no_difference(ca
 
 def test_a_dose_beyond_the_servers_is_refused_rather_than_lowered(catalog: Catalog) -> None:
     document = steering(edit(), dose={"limit": 0.6, "on_dose": "scale"})
-    error = refused(document, catalog, limits=Limits(dose_limit=0.5))
+    error = refused_doc(document, catalog, limits=Limits(dose_limit=0.5))
     assert (error.code, error.param) == ("limit_exceeded", "steering.dose.limit")
 
 
@@ -286,7 +258,7 @@ def test_as_many_selectors_as_a_token_has_bits(catalog: Catalog) -> None:
     compiled = compile_doc(_selected(MAX_SELECTORS), catalog, limits=limits)
     assert compiled is not None
     assert len(compiled.selectors) == MAX_SELECTORS
-    error = refused(_selected(MAX_SELECTORS + 1), catalog, limits=limits)
+    error = refused_doc(_selected(MAX_SELECTORS + 1), catalog, limits=limits)
     assert (error.code, error.param) == ("limit_exceeded", "steering.interventions")
 
 
@@ -297,7 +269,7 @@ def test_a_gate_reads_the_place_that_the_edit_reads_and_its_rows_are_there(tmp_p
     entry = CatalogSae.make("in", open_sae(tmp_path / "in"))
     catalog = Catalog([*catalog.saes.values(), entry])
     document = steering(edit(sae="tc", when={"sae": "in", "feature": 1, "above": 0}))
-    error = refused(document, catalog, sites=(*SITES, entry.site))
+    error = refused_doc(document, catalog, sites=(*SITES, entry.site))
     assert (error.code, error.param) == ("unsupported", f"{HERE}.when.sae")
 
 
@@ -308,14 +280,14 @@ def test_a_broken_profile_is_refused_with_its_place(text: str, catalog: Catalog)
     (folder / "odd").mkdir()
     (folder / "odd" / "profile.json").write_text(text)
     try:
-        assert refused({"profiles": ["odd"]}, catalog).param == "steering.profiles[0]"
+        assert refused_doc({"profiles": ["odd"]}, catalog).param == "steering.profiles[0]"
     finally:
         shutil.rmtree(folder / "odd")
 
 
 def test_a_profile_that_goes_away_meanwhile_is_refused(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalog.profiles, "names", lambda: ["vanished"])
-    assert refused({"profiles": ["vanished"]}, catalog).code == "unknown_profile"
+    assert refused_doc({"profiles": ["vanished"]}, catalog).code == "unknown_profile"
 
 
 # ------------------------------------------------------------------------------------------- what is compiled
@@ -383,29 +355,6 @@ def test_equal_selectors_are_one(catalog: Catalog) -> None:
     assert (selector.phase, selector.ranges, selector.token_in) == (Phase.RANGES, ((0, 2), (4, 6)), (3, 5))
 
 
-# ------------------------------------------------------------------------------------------- digests
-
-
-def _floats(value: Any) -> Any:
-    """The same JSON value with every integral ``value``, ``lo``, ... as a float."""
-    if isinstance(value, dict):
-        return {
-            key: _as_float(child) if key in {"value", "lo", "hi", "above", "below", "limit"} else _floats(child)
-            for key, child in value.items()
-        }
-    return [_floats(item) for item in value] if isinstance(value, list) else value
-
-
-def _as_float(value: Any) -> Any:
-    return [float(item) for item in value] if isinstance(value, list) else float(value)
-
-
-def _renamed(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: "twin" if k == "sae" and child == "r1" else _renamed(child) for k, child in value.items()}
-    return [_renamed(item) for item in value] if isinstance(value, list) else value
-
-
 POOLS: Json = {
     "saes": st.sampled_from(["r0", "r1", "r1b", "tk", "tkw", "w1", "tc", "none"]),
     "vectors": st.sampled_from(["v", "u", "none"]),
@@ -413,37 +362,10 @@ POOLS: Json = {
     "features": st.integers(0, FEATURES),
     "calibrations": st.sampled_from([("cal", "rude"), ("cal0", "calm"), ("cal", "none"), ("none", "sad")]),
 }
-GOOD: Json = {
-    "saes": st.sampled_from(["r0", "r1", "r1b", "w1", "tc"]),
-    "vectors": st.sampled_from(["v", "u"]),
-    "sites": st.sampled_from(["resid_post.1", "resid_mid.1"]),
-    "features": st.integers(0, FEATURES - 1),
-    "calibrations": st.sampled_from([("cal", "rude"), ("cal", "sad"), ("cal0", "calm")]),
-}
-
-
-def _without_later(document: Json) -> Json:
-    return {key: value for key, value in document.items() if key not in ("profiles", "readings", "on")}
-
-
-def _compilable(document: Json, catalog: Catalog) -> tuple[Json, Program]:
-    """The document with those interventions and fields left out that are refused; something always remains."""
-    kept: Json = {"interventions": [edit()]}
-    compiled = compile_doc(kept, catalog)
-    rest = _without_later(document)
-    for one in rest.pop("interventions", []):
-        with contextlib.suppress(RequestError):
-            longer = kept | {"interventions": [*kept["interventions"], one]}
-            compiled, kept = compile_doc(longer, catalog), longer
-    for key, value in rest.items():
-        with contextlib.suppress(RequestError):
-            compiled, kept = compile_doc(kept | {key: value}, catalog), kept | {key: value}
-    assert compiled is not None
-    return kept, compiled
 
 
 @settings(max_examples=100)
-@given(documents(**POOLS) | documents(**POOLS).map(_without_later), st.sampled_from([None, BOS]))
+@given(documents(**POOLS) | documents(**POOLS).map(without_later), st.sampled_from([None, BOS]))
 def test_a_well_formed_document_compiles_or_is_refused_as_a_request(
     catalog: Catalog, document: Json, bos: int | None
 ) -> None:
@@ -458,183 +380,3 @@ def test_a_well_formed_document_compiles_or_is_refused_as_a_request(
         assert refusal.status == 400
         assert refusal.param is not None
         assert refusal.param.startswith("steering.")
-
-
-@settings(max_examples=80)
-@given(documents(**GOOD))
-def test_spelling_does_not_change_the_digest(catalog: Catalog, document: Json) -> None:
-    document, compiled = _compilable(document, catalog)
-    for same in (reversed_keys(document), _floats(document), _renamed(document)):
-        assert digest(same, catalog) == compiled.digest
-    assert hash(compiled) == hash(compile_doc(document, catalog))
-
-
-@settings(max_examples=40)
-@given(documents(**GOOD))
-def test_a_profile_means_what_its_interventions_mean(catalog: Catalog, document: Json) -> None:
-    document, compiled = _compilable(document, catalog)
-    catalog.put_profile(parse_profile({"name": "same", "interventions": document["interventions"]}))
-    moved = {key: value for key, value in document.items() if key != "interventions"} | {"profiles": ["same"]}
-    assert digest(moved, catalog) == compiled.digest
-
-
-ZEROS: dict[str, Json] = {
-    "clamp": edit(value=0.0),
-    "add": edit(op="add", value=0.0),
-    "floor": edit(op="floor", value=0.0),
-    "cap": edit(op="cap", value=[0.0]),
-    "scale": edit(op="scale", value=0.0),
-    "gain": edit(op="gain", value=[0.0]),
-    "lo": edit(op="mask_range", value=None, lo=0.0, hi=1.0),
-    "hi": edit(op="mask_range", value=None, lo=-1.0, hi=0.0),
-    "above": edit(when={"sae": "r1", "feature": 3, "above": 0.0}),
-    "below": edit(when={"sae": "r1", "feature": 3, "below": 0.0}),
-    "maximum": edit(value=0.0, units="reference_max"),
-    "vector": vector_edit(value=0.0),
-    "vector scale": vector_edit(op="scale", value=0.0),
-}
-
-
-def _negative_zero(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _negative_zero(child) for key, child in value.items()}
-    if isinstance(value, list):
-        return [_negative_zero(item) for item in value]
-    return -0.0 if value == 0.0 and isinstance(value, float) else value
-
-
-@pytest.mark.parametrize("case", ZEROS)
-def test_zero_has_no_sign(case: str, catalog: Catalog) -> None:
-    document = steering(ZEROS[case])
-    assert digest(_negative_zero(document), catalog) == digest(document, catalog)
-
-
-def test_an_edit_that_was_overridden_leaves_nothing_behind(catalog: Catalog) -> None:
-    overridden = program(edit(positions="completion"), catalog=catalog, profiles=["prompted"], override=True)
-    plain = program(edit(positions="completion"), catalog=catalog)
-    assert overridden.selectors == plain.selectors
-    assert overridden.digest == plain.digest
-
-
-GATE: Json = {"sae": "r1", "feature": 9, "above": 1.0}
-READ: Json = {"sae": "r1", "features": [3, 9]}
-FLAG: Json = {"sae": "r1", "feature": 3, "above": 1.0, "action": "flag"}
-DIFFERENT: dict[str, Json] = {
-    "base": steering(edit()),
-    "feature": steering(edit(features=[4])),
-    "two features": steering(edit(features=[3, 4])),
-    "sae": steering(edit(sae="r1b")),
-    "site": steering(edit(sae="r0")),
-    "value": steering(edit(value=2.0000000000000004)),
-    "add": steering(edit(op="add")),
-    "floor": steering(edit(op="floor")),
-    "cap": steering(edit(op="cap")),
-    "scale": steering(edit(op="scale")),
-    "norm": steering(edit(units="residual_norm")),
-    "maximum": steering(edit(units="reference_max")),
-    "mask": steering(edit(op="mask_range", value=None, lo=1, hi=2)),
-    "mask lo": steering(edit(op="mask_range", value=None, lo=0, hi=2)),
-    "mask hi": steering(edit(op="mask_range", value=None, lo=1, hi=3)),
-    "prompt": steering(edit(positions="prompt")),
-    "completion": steering(edit(positions="completion")),
-    "range": steering(edit(positions={"ranges": [[0, 4]]})),
-    "other range": steering(edit(positions={"ranges": [[0, 5]]})),
-    "skip": steering(edit(skip_bos=True)),
-    "gate": steering(edit(when=GATE)),
-    "gate feature": steering(edit(when=GATE | {"feature": 8})),
-    "gate sae": steering(edit(when=GATE | {"sae": "r1b"})),
-    "gate above": steering(edit(when=GATE | {"above": 1.5})),
-    "gate below": steering(edit(when=GATE | {"below": 4.0})),
-    "tokens": steering(edit(when={"token_in": [1]})),
-    "other tokens": steering(edit(when={"token_in": [2]})),
-    "gate and tokens": steering(edit(when=GATE | {"token_in": [1]})),
-    "vector": steering(vector_edit()),
-    "other vector": steering(vector_edit(vector="u")),
-    "vector's site": steering(vector_edit(site="resid_mid.1")),
-    "vector's value": steering(vector_edit(value=2.5)),
-    "projection": steering(vector_edit(op="clamp")),
-    "dose": steering(edit(), dose={"limit": 0.5}),
-    "dose limit": steering(edit(), dose={"limit": 0.6}),
-    "dose action": steering(edit(), dose={"limit": 0.5, "on_dose": "scale"}),
-    "whole": steering(edit(sae="w1")),
-    "drop": steering(edit(sae="w1"), error="drop"),
-    "read": steering(edit(), readings=READ),
-    "read alone": {"readings": READ},
-    "read another": {"readings": READ | {"features": [4]}},
-    "read in another order": {"readings": READ | {"features": [9, 3]}},
-    "read after": {"readings": READ | {"at": "after"}},
-    "read the prompt": {"readings": READ | {"positions": "prompt"}},
-    "read in all": {"readings": READ | {"per_token": False}},
-    "read twice": {"readings": [READ, READ]},
-    "read the largest": {"readings": {"sae": "w1", "top_k": 2}},
-    "trigger": {"on": [FLAG]},
-    "trigger above": {"on": [FLAG | {"above": 2.0}]},
-    "trigger feature": {"on": [FLAG | {"feature": 4}]},
-}
-
-
-def test_one_request_has_so_many_features_read(catalog: Catalog) -> None:
-    """Distinct readings of one feature count as many times as they are told; a slot holds it once."""
-    assert MAX_READ_FEATURES == 1024
-    many = {"readings": [{"sae": "r1", "features": list(range(FEATURES))}] * 8}
-    assert compile_doc(many, catalog) is not None
-    for most, code in ((8 * FEATURES, None), (8 * FEATURES - 1, "limit_exceeded")):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(read_compiler, "MAX_READ_FEATURES", most)
-            assert (refused(many, catalog).code if code else compile_doc(many, catalog) and None) == code
-    narrow = Limits(rows=4, wide_programs=0)
-    error = refused({"readings": {"sae": "r1", "features": [1, 2, 3, 4, 5]}}, catalog, limits=narrow)
-    assert (error.code, error.param) == ("limit_exceeded", "steering.readings")
-
-
-READ_ONLY: list[Json] = [
-    {"readings": READ},
-    {"on": [FLAG], "readings": [READ | {"positions": "prompt"}, {"sae": "w1", "top_k": 2}]},
-    {"readings": {"sae": "r0", "features": [5, 3], "positions": {"ranges": [[1, 2]]}}},
-]
-
-
-@settings(max_examples=60)
-@given(documents(**GOOD), st.sampled_from(READ_ONLY))
-def test_what_is_read_changes_no_edit(catalog: Catalog, document: Json, more: Json) -> None:
-    """The digest that sets cached keys and values apart is that of the edits alone."""
-    document, _ = _compilable({k: v for k, v in document.items() if k not in ("readings", "on")}, catalog)
-    plain, reads = compile_doc(document, catalog), compile_doc(document | more, catalog)
-    assert plain is not None
-    assert reads is not None
-    assert reads.edits == plain
-    assert reads.edits.digest == plain.digest != reads.digest
-    assert Footprint.of(reads, 7) == Footprint.of(plain, 7)
-    assert plain.first_read(7) is None
-
-
-def test_what_is_only_read_is_in_no_footprint(catalog: Catalog) -> None:
-    for document in READ_ONLY:
-        compiled = compile_doc(document, catalog)
-        assert compiled is not None
-        assert compiled.edits is None
-        assert Footprint.of(compiled, 7).key(0, 64) is None
-
-
-def test_the_first_position_that_is_read(catalog: Catalog) -> None:
-    firsts = {"all": 0, "prompt": 0, "completion": 6}
-    for positions, first in firsts.items():
-        compiled = compile_doc({"readings": READ | {"positions": positions}}, catalog)
-        assert compiled is not None
-        assert compiled.first_read(7) == first
-    ranges = compile_doc({"readings": READ | {"positions": {"ranges": [[9, 12], [4, 5]]}}, "on": [FLAG]}, catalog)
-    assert ranges is not None
-    assert (ranges.first_read(7), ranges.first_read(3)) == (4, 2)
-
-
-def test_different_meanings_have_different_digests(catalog: Catalog) -> None:
-    digests = {case: digest(document, catalog) for case, document in DIFFERENT.items()}
-    assert len(set(digests.values())) == len(digests)
-
-
-def test_another_file_under_the_same_name_is_another_program(tmp_path: Path) -> None:
-    digests = set()
-    for seed in (1, 2):
-        write_saelens(tmp_path / str(seed), hook_name="blocks.1.hook_resid_post", seed=seed)
-        digests.add(digest(steering(edit()), Catalog([CatalogSae.make("r1", open_sae(tmp_path / str(seed)))])))
-    assert len(digests) == 2

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ import pytest
 from openai import OpenAI
 
 from sae_steer import embedded
+from sae_steer_bench.launch import Port
 
 Json = dict[str, Any]
 
@@ -116,23 +116,21 @@ class VllmServer:
     """
 
     def __init__(self, setup: Setup, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        port = Port(None)
+        self.url = f"http://127.0.0.1:{port.number}"
         self.base_url = f"{self.url}/v1"
         self._log = folder / "log.txt"
-        with self._log.open("wb") as log:
+        with port, self._log.open("wb") as log:
             # A session of its own: what is left of it in the end can be named by one number.
             self.process = subprocess.Popen(
-                serve_command(setup, port), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=folder,
-                env=environment_of(setup, folder), start_new_session=True,
+                serve_command(setup, port.number), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                cwd=folder, env=environment_of(setup, folder), start_new_session=True,
             )  # fmt: skip
-        try:
-            self._await_health()
-        except BaseException:
-            self.stop()
-            raise
+            try:
+                self._await_health()
+            except BaseException:
+                self.stop()
+                raise
 
     def _await_health(self) -> None:
         end = time.monotonic() + _START_SECONDS

@@ -12,7 +12,7 @@ import pytest
 
 from sae_steer import embedded
 from sae_steer_bench.errors import LoadFailed
-from sae_steer_bench.launch import free_port
+from sae_steer_bench.launch import Port
 from sae_steer_bench.load import Address
 from sae_steer_bench.load_vllm import VllmLoad
 from sae_steer_bench.options import Options, Watch
@@ -90,15 +90,14 @@ def test_the_openai_client_measures_it_too(server: VllmServer, tmp_path: Path) -
     assert load(tmp_path).rounds == 5
 
 
-def test_a_launched_server_needs_no_folder_for_profiles(
-    server: VllmServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_launched_server_needs_no_folder_for_profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment_of(Setup(None), tmp_path).items():
         monkeypatch.setenv(name, value)
-    command = serve_command(Setup(plugin_config(limits={"features": 8, "max_programs": 8})), free_port(None))
-    launch = {"url": None, "launch": shlex.join(command), "plain_url": server.url, "admin_key": None}
+    with Port(None) as port:
+        command = serve_command(Setup(plugin_config(limits={"features": 8, "max_programs": 8})), port.number)
+    launch = {"url": None, "launch": shlex.join(command), "admin_key": None}
     said: list[str] = []
-    wanted = replace(options(tmp_path / "run", server.url), **launch)
+    wanted = replace(options(tmp_path / "run", "unused"), **launch)
     run = Run(wanted, replace(silent(), say=said.append))
     run.measure(resume=False)
     assert run.plan is not None

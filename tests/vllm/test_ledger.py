@@ -15,10 +15,11 @@ from vllm.config import VllmConfig
 
 from sae_steer.errors import StartError
 from sae_steer_vllm import compat
+from sae_steer_vllm.compat import install, scheduler, versions
 from sae_steer_vllm.ledger import LEDGER, Symbol
 
 ROOT = Path(__file__).resolve().parents[2]
-WRAPPED = compat._WRAPPERS
+WRAPPED = install.WRAPPERS
 
 
 def _find(where: str) -> Any:
@@ -37,10 +38,11 @@ def test_what_the_ledger_names_is_there(symbol: Symbol) -> None:
 
 
 def test_the_ledger_names_what_is_wrapped_and_what_is_imported_and_nothing_else() -> None:
-    tree = ast.parse(Path(compat.__file__).read_text(encoding="utf-8"))
+    files = Path(compat.__file__).parent.glob("*.py")
     imported = {
         f"{node.module}:{alias.name}"
-        for node in ast.walk(tree)
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "vllm"
         for alias in node.names
     }
@@ -73,33 +75,33 @@ def _config(**plugin: Any) -> VllmConfig:
 def test_an_untested_version_is_refused_with_the_range(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "__version__", version)
     with pytest.raises(StartError, match=r"0\.26 to 0\.32.*allow_untested_vllm") as caught:
-        compat.configured(_config())
+        versions.configured(_config())
     assert version in str(caught.value)
-    assert compat.configured(_config(allow_untested_vllm=True)) is not None
-    assert compat.configured(VllmConfig()) is None
+    assert versions.configured(_config(allow_untested_vllm=True)) is not None
+    assert versions.configured(VllmConfig()) is None
 
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.28.1rc2.dev3+g1234567", "0.32.9"])
 def test_a_tested_version_is_not_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "__version__", version)
-    assert compat.configured(_config()) is not None
+    assert versions.configured(_config()) is not None
 
 
 @pytest.mark.parametrize("where", ["vllm.v1.no_such_module:f", "vllm.v1.request:Request.no_such_method"])
 def test_what_is_missing_stops_the_engines_that_steer_and_no_others(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compat, "_MISSING", [])
-    compat._install(where, compat._add_request)
+    monkeypatch.setattr(versions, "MISSING", [])
+    install._install(where, scheduler._add_request)
     with pytest.raises(StartError, match=where):
-        compat.configured(_config(allow_untested_vllm=True))
-    assert compat.configured(VllmConfig()) is None
+        versions.configured(_config(allow_untested_vllm=True))
+    assert versions.configured(VllmConfig()) is None
 
 
 def test_the_releases_are_the_same_in_three_places() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     [requirement] = [each for each in extras["vllm"] if each.startswith("vllm")]
-    (first, last), admitted = compat.TESTED, SpecifierSet(requirement.removeprefix("vllm"))
+    (first, last), admitted = versions.TESTED, SpecifierSet(requirement.removeprefix("vllm"))
     inside = [f"{major}.{minor}.1" for major, minor in (first, last)]
     outside = [f"{first[0]}.{first[1] - 1}.9", f"{last[0]}.{last[1] + 1}.0"]
     assert [*admitted.filter([*outside, *inside])] == inside

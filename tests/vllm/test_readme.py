@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+from sae_steer_bench.launch import Port
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -45,22 +46,21 @@ def _answers(url: str, server: "subprocess.Popen[str]") -> bool:
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """The server of the README's line, to the letter but for the port, which somebody else may have."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = Port(None)
     line = _line()
     assert " --port 8000 " in line
     # `exec` lets the signal below reach the server and not the shell.
-    command = line.replace(" --port 8000 ", f" --port {port} ").replace("vllm serve", "exec vllm serve", 1)
+    command = line.replace(" --port 8000 ", f" --port {port.number} ").replace("vllm serve", "exec vllm serve", 1)
     server = subprocess.Popen(["bash", "-c", command], cwd=ROOT, env=ENVIRONMENT, text=True)
     try:
-        address = f"http://127.0.0.1:{port}"
+        address = f"http://127.0.0.1:{port.number}"
         deadline = time.monotonic() + 270
         while not _answers(address, server):
             assert time.monotonic() < deadline, "the server of the README's line does not answer"
             time.sleep(1)
         yield address
     finally:
+        port.release()
         server.send_signal(signal.SIGTERM)
         try:
             server.wait(timeout=30)
