@@ -22,13 +22,14 @@ FEATURES = 1024
 WIDE = 16384
 """Features of the SAE whose largest are read; it is held whole, beside another at the first hooked layer."""
 VOCABULARY = 16384
+WIDTH = 768
 
 
 def build() -> LlamaForCausalLM:
     """The model, the same each time."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=768,
+        hidden_size=WIDTH,
         intermediate_size=2048,
         num_hidden_layers=12,
         num_attention_heads=12,

@@ -9,23 +9,20 @@ the encoder, timed by itself with encoders in turn that no cache holds together,
     python benchmarks/readings.py --out benchmarks/results/readings.json
 """
 
-import argparse
 import json
-import platform
-import random
-import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
-from random_model import HOOKED, WIDE, write
+from random_model import HOOKED, WIDE, WIDTH, write
+from recording import add_engine_options, in_turns, parser_of
+from recording import write as write_result
 from tqdm import tqdm
-from vllm_engine import NAMED, TOP, Child, engine
+from vllm_engine import NAMED, TOP, Child, Timed, engine
 
-import sae_steer
-from sae_steer_bench.machine import cpu_name
 from sae_steer_bench.stats import paired_ratio
 
 TOKENS = 64
@@ -34,12 +31,15 @@ BOUND = 0.03
 """Of throughput, for named features."""
 BOUND_TOP = 0.05
 """Of throughput, for the largest, beside the encoder product's share."""
+PLAIN, IDLE = "plain vLLM", "plugin, nothing read"
+NAMES, LARGEST = f"{NAMED} named features", f"the {TOP} largest of {WIDE:,}"
 CASES = {
-    "plain vLLM": ("plain", "plain"),
-    "plugin, nothing read": ("plugin", "plain"),
-    f"{NAMED} named features": ("plugin", "named"),
-    f"the {TOP} largest of {WIDE:,}": ("plugin", "top"),
+    PLAIN: ("plain", "plain"),
+    IDLE: ("plugin", "plain"),
+    NAMES: ("plugin", "named"),
+    LARGEST: ("plugin", "top"),
 }
+PRODUCT = "the product with the encoder"
 
 
 class EncoderProduct:
@@ -49,104 +49,80 @@ class EncoderProduct:
         self._x = torch.randn(rows, width)
         self._encoders = [torch.randn(WIDE, width) for _ in range(COPIES)]
 
-    def ms(self) -> float:
-        """Median time of one."""
+    def __call__(self) -> Timed:
+        """The median time of one."""
         found = []
         for encoder in self._encoders:
             start = time.perf_counter()
             torch.nn.functional.linear(self._x, encoder)
             found.append(1e3 * (time.perf_counter() - start))
-        return median(found)
+        return Timed(0.0, median(found), [])
 
 
-def measure(
-    engines: dict[str, Child], product: EncoderProduct, rounds: int, seconds: float
-) -> tuple[dict[str, list[float]], dict[str, list[float]], list[float]]:
-    """Seconds of the batch and milliseconds of a decode step by case, and those of the product, round by round."""
-    for kind, what in CASES.values():
-        engines[kind].run(what)  # loads what is loaded once
-    batch: dict[str, list[float]] = {name: [] for name in CASES}
-    step: dict[str, list[float]] = {name: [] for name in CASES}
-    products: list[float] = []
-    order, shuffle = list(CASES), random.Random(0)
-    deadline = time.monotonic() + seconds
-    for number in tqdm(range(rounds), desc="rounds"):
-        if number >= 5 and time.monotonic() > deadline:
-            break
-        shuffle.shuffle(order)
-        for name in order:
-            kind, what = CASES[name]
-            timed = engines[kind].run(what)
-            assert timed.step_ms is not None
-            batch[name].append(timed.seconds)
-            step[name].append(timed.step_ms)
-        products.append(product.ms())
-    return batch, step, products
+def step_ms(timed: list[Timed]) -> list[float]:
+    """Milliseconds of the decode steps."""
+    return [each.step_ms for each in timed if each.step_ms is not None]
+
+
+def rows_of(found: dict[str, list[Timed]], bounds: dict[str, float], tokens: int) -> list[dict[str, Any]]:
+    """A row for each case, with its ratios of the batch's time and of a decode step's."""
+    rows: list[dict[str, Any]] = []
+    for name in CASES:
+        base = PLAIN if name == IDLE else IDLE
+        batch, of = ([each.seconds for each in found[key]] for key in (name, base))
+        rows.append(
+            {
+                "case": name,
+                "base": base if name != PLAIN else None,
+                "tokens_per_s": tokens / median(batch),
+                "step_ms_median": median(step_ms(found[name])),
+                "batch_ratio": paired_ratio(batch, of).model_dump(),
+                "step_ratio": paired_ratio(step_ms(found[name]), step_ms(found[base])).model_dump(),
+                "bound": bounds.get(name),
+            }
+        )
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/readings.json"))
-    parser.add_argument("--rounds", type=int, default=60, help="the most rounds")
-    parser.add_argument("--minutes", type=float, default=5, help="the most minutes of rounds, once five are done")
-    parser.add_argument("--sequences", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = parser_of(__doc__, "readings")
+    add_engine_options(parser, rounds=60, sequences=8)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         parameters = write(Path(folder))
-        sizes = {"threads": options.threads, "sequences": options.sequences}
-        engines = {
-            kind: engine(kind, Path(folder), **sizes, dtype="float32", wide=kind == "plugin", tokens=TOKENS)
+        sizes = {"threads": options.threads, "sequences": options.sequences, "dtype": options.dtype}
+        engines: dict[str, Child] = {
+            kind: engine(kind, Path(folder), **sizes, wide=kind == "plugin", tokens=TOKENS)
             for kind in tqdm(("plain", "plugin"), desc="starting engines")
         }
-        batch, step, products = measure(
-            engines, EncoderProduct(options.sequences, 768), options.rounds, 60 * options.minutes
-        )
-        versions = engines["plain"].about
+        for kind, what in CASES.values():
+            engines[kind].run(what)  # loads what is loaded once
+        calls = {name: lambda kind=kind, what=what: engines[kind].run(what) for name, (kind, what) in CASES.items()}
+        calls[PRODUCT] = EncoderProduct(options.sequences, WIDTH)
+        found = in_turns(calls, rounds=options.rounds, minutes=options.minutes)
+        vllm = engines["plain"].about["vllm"]
         for child in engines.values():
             child.close()
-    plain, idle, named, top = CASES
-    share = median(products) / median(step[idle])
-    bounds = {named: BOUND, top: share + BOUND_TOP}
-    results = []
-    for name in CASES:
-        base = plain if name == idle else idle
-        of_batch, of_step = paired_ratio(batch[name], batch[base]), paired_ratio(step[name], step[base])
-        results.append(
-            {
-                "case": name,
-                "base": base if name != plain else None,
-                "tokens_per_s": options.sequences * TOKENS / median(batch[name]),
-                "step_ms_median": median(step[name]),
-                "batch_ratio": of_batch.model_dump(),
-                "step_ratio": of_step.model_dump(),
-                "bound": bounds.get(name),
-            }
-        )
-    result = {
-        "what": "readings of every completion token in vLLM, in rounds with the same engine without them",
-        "command": " ".join(["python", *sys.argv]),
-        "hardware": {"cpu": cpu_name(), "threads": options.threads},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "vllm": versions["vllm"],
-            "sae_steer": sae_steer.__version__,
-        },
-        "parameters": parameters,
-        "dtype": "float32",
-        "sequences": options.sequences,
-        "tokens": TOKENS,
-        "hooked_layers": list(HOOKED),
-        "rounds": len(products),
-        "encoder_product_ms_median": median(products),
-        "encoder_product_share": share,
-        "cases": results,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    product = median(step_ms(found[PRODUCT]))
+    share = product / median(step_ms(found[IDLE]))
+    rows = rows_of(found, {NAMES: BOUND, LARGEST: share + BOUND_TOP}, options.sequences * TOKENS)
+    write_result(
+        options.out,
+        "readings of every completion token in vLLM, in rounds with the same engine without them",
+        threads=options.threads,
+        versions={"vllm": vllm},
+        parameters=parameters,
+        dtype=options.dtype,
+        sequences=options.sequences,
+        tokens=TOKENS,
+        hooked_layers=list(HOOKED),
+        rounds=len(found[PRODUCT]),
+        encoder_product_ms_median=product,
+        encoder_product_share=share,
+        cases=rows,
+    )
+    print(json.dumps(rows, indent=2))
 
 
 if __name__ == "__main__":

@@ -316,3 +316,17 @@ def test_bytes_are_all_counted(catalog: Catalog) -> None:
     )
     assert wholes > 0
     assert tables.nbytes == held + wholes
+
+
+def test_whose_error_a_slot_drops_is_known_until_it_is_emptied(catalog: Catalog) -> None:
+    """By it a step goes through no whole dictionary for programs that drop nothing."""
+    tables, dropping = written(catalog, edit(sae="w1"), error="drop")
+    keeping = program(edit(sae="w1"), catalog=catalog)
+    whole = tables.whole_of(catalog.saes["w1"].sae.fingerprint)
+    assert [tables.drops(bucket, whole) for bucket in (0, 1)] == [True, False]
+    assert not any(tables.drops(0, other) for other in tables.wholes if other is not whole)
+    tables.write(0, 1, dropping.sites[0], dropping)
+    tables.write(0, 2, keeping.sites[0], keeping)
+    assert tables.drops(0, whole)  # the first slot still does
+    tables.clear(0, 1)
+    assert not tables.drops(0, whole)

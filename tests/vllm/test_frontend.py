@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from sae_steer.capabilities import VLLM
 from sae_steer.catalog import Catalog
 from sae_steer.compiler import compile_program
-from sae_steer.errors import RequestError, SchemaError, Unsupported
+from sae_steer.errors import ReadingsExceeded, RequestError, SchemaError, Unsupported
 from sae_steer.limits import Limits
 from sae_steer.program import Program
+from sae_steer.readings import AT_ONCE
 from sae_steer.report import applied_block
 from sae_steer.runs import FAILED, TOUCHED, columns
 from sae_steer.schema import parse_steering
 from sae_steer.wire import parse, to_text
-from sae_steer_vllm.channel import ASK, ERROR, PROGRAM, RESERVED, SUMS, TICKET, payload_of
+from sae_steer_vllm.channel import ASK, ERROR, PROGRAM, READS, RESERVED, SUMS, TICKET, payload_of
 from sae_steer_vllm.frontend import Follow, Frontend, admit
 from tests.sae_steer.helpers import BOS, SITES, Json, documents, edit, make_catalog, steering, vector_edit
 
@@ -346,3 +347,39 @@ def test_values_are_read_as_they_were_written(frontend: Frontend) -> None:
     values = sums_of(program, 2**40)
     assert told(program, values, frontend).finish("r", 0)["applied"]["tokens"] == 2**40
     assert len(payload_of(values, None)[SUMS]) == 8 * len(values)
+
+
+def reads_of(count: int, *, frontend: Frontend) -> tuple[Program, list[bytes]]:
+    """A program that reads two features of every token, and what a worker sends of so many tokens, one by one."""
+    program = program_of(frontend, {"readings": {"sae": "r1", "features": [1, 2], "positions": "all"}})
+    return program, [np.array([position, 7, 1.0, 2.0]).tobytes() for position in range(count)]
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["whole", "in a stream"])
+def test_tokens_that_come_one_by_one_are_all_told_and_counted(frontend: Frontend, told: bool) -> None:
+    program, payloads = reads_of(AT_ONCE + 9, frontend=frontend)
+    follow = frontend.follow(to_text(program), None)
+    positions: list[int] = []
+    for payload in payloads:
+        follow.take({READS: payload})
+        if told:
+            [new] = follow.new_readings() or []
+            positions += new["positions"]
+    [reading] = follow.finish("r", 0)["readings"]
+    assert positions + reading["positions"] == list(range(AT_ONCE + 9))
+    assert [entry["tokens"] for entry in reading["summary"]] == [AT_ONCE + 9] * 2
+    follow.budget.take(LIMITS.max_reading_values - 2 * (AT_ONCE + 9), 0)  # so much is left
+    with pytest.raises(ReadingsExceeded):
+        follow.budget.take(1, 0)
+
+
+@pytest.mark.parametrize("left", [0, 7], ids=["at once", "at the end"])
+def test_more_than_may_be_read_ends_with_an_error(frontend: Frontend, left: int) -> None:
+    """Whether the tokens that are too many come while others are awaited, or with the last."""
+    program, payloads = reads_of(AT_ONCE + left, frontend=frontend)
+    follow = frontend.follow(to_text(program), None)
+    follow.budget.take(LIMITS.max_reading_values - 2 * (AT_ONCE + left) + 1, 0)
+    for payload in payloads:
+        follow.take({READS: payload})
+    assert (follow.failure is not None) == (not left)
+    assert follow.finish("r", 0)["error"]["code"] == ReadingsExceeded.code

@@ -216,6 +216,7 @@ def test_two_api_servers_return_their_blocks(
     arguments = ("--api-server-count", "2", "--enable-log-requests", *arguments)
     setup = Setup(plugin_config(), arguments=arguments, environment=dict(TWO_WORKERS))
     replies: list[tuple[Ask, tuple[list[int], Json]]] = []
+    answered: set[str] = set()
     with vllm_servers.serve(setup) as server, ThreadPoolExecutor(len(asked)) as pool:
         for _ in range(20):  # whichever wakes first takes a connection, and that may be one of them for a while
             replies += zip(asked, pool.map(lambda ask: _complete(server, ask), asked), strict=True)
