@@ -36,6 +36,11 @@ The sense of a word, at the word itself, told by its first character and the one
     sae-steer calibrate --model ./model --sae ./sae --data senses.csv --label-column sense --span-columns start,end
       --tokens labelled-span --concept bass_fish --out profiles/no-fish
 
+A model that needs several GPUs, in vLLM:
+
+    sae-steer calibrate --model org/model --sae ./sae@resid_post.30 --data train.csv --concept toxic
+      --out profiles/toxic --engine vllm --engine-args '{"tensor_parallel_size": 4}'
+
 **What it needs.** Two labels or more; 50 texts of each are few. Every row is checked before the model runs. A run that
 is killed goes on where it was when the same command is given again; no half-written profile can be loaded.
 
@@ -112,9 +117,11 @@ def calibrate(
         str,
         typer.Option(metavar="JSON", help='Arguments of vllm.LLM, such as {"tensor_parallel_size": 2}.'),
     ] = "{}",
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens that the model runs at once.")] = 4096,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens that transformers runs at once.")] = 4096,
     dtype: Annotated[DType, typer.Option(help="Element type of the model; auto = the one its files state.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N; auto = a GPU where there is one.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="Of transformers: cpu, cuda, cuda:N; auto = a GPU where there is one.")
+    ] = "auto",
     max_memory_mb: Annotated[
         int, typer.Option(min=8, help="Memory of the histograms; beyond it their bins become wider, and that is said.")
     ] = 256,

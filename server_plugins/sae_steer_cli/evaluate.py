@@ -46,8 +46,8 @@ def suppression(
         Path | None,
         typer.Option(metavar="FILE", help="Labelled text for the readout; left out = half of --data, drawn once."),
     ] = None,
-    text_column: Annotated[str, typer.Option(metavar="NAME")] = "text",
-    label_column: Annotated[str, typer.Option(metavar="NAME")] = "label",
+    text_column: Annotated[str, typer.Option(metavar="COLUMN", help="Where a row's text is.")] = "text",
+    label_column: Annotated[str, typer.Option(metavar="COLUMN", help="Where its label is.")] = "label",
     label_name: Annotated[
         list[str] | None, typer.Option(metavar="VALUE=LABEL", help="Rename a label of the files; repeatable.")
     ] = None,
