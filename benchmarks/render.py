@@ -1,6 +1,6 @@
-"""Writes the numbers of the committed results into the README, between its markers, and draws their plots.
+"""Writes the numbers of the committed results into the README and the docs, between their markers, and draws plots.
 
-python benchmarks/render.py            # rewrite README.md and docs/plots
+python benchmarks/render.py            # rewrite README.md, docs/suppression.md and docs/plots
 python benchmarks/render.py --check    # exit with 1 where they are out of date
 
 A plot holds the digest of the result that it was drawn from: its bytes may differ from one matplotlib to the next.
@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 PLOTS = ROOT / "docs" / "plots"
+CONCEPTS = ("suppression", "suppression_topic", "suppression_sentiment", "suppression_emotion")
 
 
 def attach_idle(result: dict[str, Any]) -> str:
@@ -231,7 +232,9 @@ def _picture(name: str, what: str) -> str:
     return f"![{what.replace('`', '')}](docs/plots/{name}.png)"
 
 
-def suppression(result: dict[str, Any]) -> str:
+def suppression(result: dict[str, Any] | None) -> str:
+    if result is None:
+        return "This was not measured here yet: `benchmarks/suppression.sh` does it."
     material, claim = result["material"], result["claim"]
     matched = [row for row in result["matched"] if row["measures"] is not None]
     lines = [
@@ -258,6 +261,28 @@ def suppression(result: dict[str, Any]) -> str:
         "",
         f"That APP's perplexity rises least at matched removal **{claim_words(claim)}** here: {claim['because']}",
     ]
+    return "\n".join(lines)
+
+
+def suppression_concepts(_: None) -> str:
+    """One row a concept: what each method costs where all take half of what full masking takes away."""
+    lines: list[str] = []
+    for result in filter(None, (result_of(name)[0] for name in CONCEPTS)):
+        matched = [row for row in result["matched"] if row["level"] == 0.5]
+        if not lines:
+            methods = [row["method"] for row in matched]
+            lines = [
+                f"| concept, labels | its confidence | {' | '.join(methods)} | APP's rises least |",
+                f"| --- | --- | {'--- | ' * len(methods)}--- |",
+            ]
+        cells = [suppression_rise(row["measures"]["perplexity_rise"]) if row["measures"] else "" for row in matched]
+        before = result["unsteered"]["target_confidence"]["value"]
+        after = next(row["measures"]["target_confidence"]["value"] for row in matched if row["measures"])
+        material = result["material"]
+        lines.append(
+            f"| {material['concept']}, {len(material['labels'])} | {before:.2f} to {after:.2f} "
+            f"| {' | '.join(cells)} | {claim_words(result['claim'])} |"
+        )
     return "\n".join(lines)
 
 
@@ -300,8 +325,13 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "serve_vllm": served("serve_vllm", "`vllm serve` with the plugin"),
     "serve_demo": served("serve_demo", "the embedded server with the model that ships with the package"),
     "suppression": suppression,
+    "suppression_concepts": suppression_concepts,
     "calibrate": calibrate,
     "kernels": kernels,
+}
+PAGES: dict[Path, dict[str, Callable[[Any], str]]] = {
+    README: SECTIONS,
+    ROOT / "docs" / "suppression.md": dict.fromkeys(CONCEPTS[1:], suppression),
 }
 DRAWN: dict[str, Callable[[Any], tuple[list[tuple[str, Interval]], str]]] = {
     "vllm_decode": vllm_decode_plot,
@@ -320,13 +350,14 @@ def result_of(name: str) -> tuple[Any, str]:
     return json.loads(data), hashlib.sha256(data).hexdigest()
 
 
-def rendered(text: str) -> str:
-    """The README with every section filled from its result."""
-    for name, render in SECTIONS.items():
+def rendered(page: Path) -> str:
+    """A page with every section filled from its result."""
+    text = page.read_text()
+    for name, render in PAGES[page].items():
         body = render(result_of(name)[0])
         pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if not pattern.search(text):
-            sys.exit(f"README.md has no section {name!r}.")
+            sys.exit(f"{page.name} has no section {name!r}.")
         text = pattern.sub(lambda found, body=body: f"{found[1]}{body}\n{found[2]}", text)
     return text
 
@@ -364,14 +395,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; fail where anything is out of date")
     options = parser.parse_args()
-    text = README.read_text()
-    new = rendered(text)
+    pages = {page: rendered(page) for page in PAGES}
     if not options.check:
-        README.write_text(new)
+        for page, text in pages.items():
+            page.write_text(text)
         draw()
         return
-    if new != text:
-        sys.exit("README.md is out of date: run make docs")
+    for page, text in pages.items():
+        if text != page.read_text():
+            sys.exit(f"{page.name} is out of date: run make docs")
     if stale():
         sys.exit(f"docs/plots is out of date ({', '.join(stale())}): run make docs")
 

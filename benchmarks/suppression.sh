@@ -1,11 +1,12 @@
 #!/bin/sh
-# Calibrates toxicity and a topic on a model, compares the ways to suppress them, and keeps the results.
+# Calibrates four concepts on a model, compares the ways to suppress each, and keeps the results.
 #
+#   python benchmarks/suppression_material.py ASSETS WORK
 #   benchmarks/suppression.sh WORK
 #
-# WORK holds the material: model/ (a Hugging Face folder), sae/ (examples/train_sae.py makes one), wiki.jsonl (plain text), and
-# toxicity_train.csv, toxicity_test.csv, topic_train.csv, topic_test.csv (columns text and label). What is made goes there
-# too. Minutes on two cores for a model of 3 M parameters; a run that was stopped goes on where it was.
+# WORK holds the material: model/, sae/, wiki.jsonl (plain text) and NAME_train.csv, NAME_test.csv (columns text and label).
+# What is made goes there too. About an hour on one core for a model of 3 M parameters; a run that was stopped goes on where
+# it was. But for toxicity, half of the plain texts and two strengths of APP keep it that short.
 set -eu
 work=$1
 here=$(dirname "$0")
@@ -18,6 +19,8 @@ compare() { # file's stem, concept, name of the result, and more options
     cp "$work/$1/result.json" "$here/results/$3.json"
     cp "$work/$1/plot.png" "$here/../docs/$3.png"
 }
+compare topic travel suppression_topic "--strengths 1,2 --plain-texts 50"
+compare sentiment negative suppression_sentiment "--strengths 1,2 --plain-texts 50"
+compare emotion anger suppression_emotion "--strengths 1,2 --plain-texts 50"
 compare toxicity toxic suppression
-compare topic travel suppression_topic "--levels 0.5 --strengths 1,2 --plain-texts 50"
 python "$here/render.py"

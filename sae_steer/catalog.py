@@ -4,13 +4,10 @@ Names are for people; everything below the compiler goes by fingerprint. SAEs an
 are a folder that is read again whenever it changed, so that several server processes agree on it.
 """
 
-import contextlib
 import errno
 import hashlib
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -32,6 +29,7 @@ from sae_steer.sae.labels import by_rank
 from sae_steer.schema import Profile, parse_profile
 from sae_steer.sites import Site
 from sae_steer.strict_json import loads
+from sae_steer.whole_files import write_whole
 
 PROFILE_FILE = "profile.json"
 MAX_PROFILE_BYTES = 4 * 2**20
@@ -196,17 +194,7 @@ class ProfileStore:
         if target.is_symlink():
             raise FileExistsError(errno.EEXIST, "a link of that name is in the way")
         target.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target / PROFILE_FILE)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+        write_whole(target / PROFILE_FILE, text.encode())
 
     def delete(self, name: str) -> None:
         """Removes a profile; raises :class:`UnknownName` or :class:`Forbidden`."""

@@ -1,6 +1,7 @@
 """Models that mean something, with dictionaries that mean something on them, for tests that compare answers."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,17 @@ def story_model(assets: Path, work: Path, *, layer: int = 2) -> SteeredModel:
     maxima = real_sae.activations(tensors, x).amax(dim=0)
     real_sae.save(tensors, work / "story", architecture="jumprelu", layer=layer, maxima=maxima)
     return _steered(folder, work / "story", "story", STORY)
+
+
+def comment_model(assets: Path, work: Path, texts: Sequence[str], *, layer: int = 3) -> SteeredModel:
+    """A small model of mixed text, comments among it, with a dictionary trained on the spot on some texts."""
+    folder = assets / "models" / "mixed-3m"
+    model, tokenizer = _load(folder)
+    x = real_sae.residuals(model, tokenizer, texts, layer)
+    tensors = real_sae.train(x, 512, steps=300)
+    maxima = real_sae.activations(tensors, x).amax(dim=0)
+    real_sae.save(tensors, work / "comments", architecture="jumprelu", layer=layer, maxima=maxima)
+    return _steered(folder, work / "comments", "res", texts[0])
 
 
 def embedded_model() -> SteeredModel:

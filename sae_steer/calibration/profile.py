@@ -9,10 +9,10 @@ from typing import Literal
 
 from sae_steer.calibration.info import CalibrationInfo
 from sae_steer.calibration.record import Calibration
-from sae_steer.calibration.shards import write_whole
 from sae_steer.closed import NAME_PATTERN
 from sae_steer.errors import DataError
 from sae_steer.schema import AppEdit, Intervention, Profile
+from sae_steer.whole_files import write_whole
 
 PROFILE_FILE = "profile.json"
 

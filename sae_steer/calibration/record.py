@@ -7,8 +7,6 @@ interrupted is no profile.
 
 import hashlib
 import math
-import os
-import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Self
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from sae_steer.calibration.info import CalibrationInfo
 from sae_steer.errors import CheckpointError
+from sae_steer.whole_files import write_whole
 
 CALIBRATION_FILE = "profile.safetensors"
 MAX_CALIBRATION_BYTES = 2**30
@@ -82,16 +81,7 @@ class Calibration:
     def write(self, folder: Path) -> str:
         """Writes ``profile.safetensors`` into an existing folder, whole or not at all; its digest ``sha256:...``."""
         content = self.to_bytes()
-        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, folder / CALIBRATION_FILE)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(folder / CALIBRATION_FILE, content)
         return digest_of(content)
 
     @classmethod

@@ -10,7 +10,7 @@ from typing import Any
 
 from sae_steer.calibration.plots import by_layer, densities, png
 from sae_steer.calibration.separate import Scores
-from sae_steer.calibration.shards import write_whole
+from sae_steer.whole_files import write_whole
 
 _SHOWN = 8
 

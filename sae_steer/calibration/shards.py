@@ -6,8 +6,6 @@ One process at a time works in the folder: it holds ``.lock``.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sae_steer.errors import DataError
+from sae_steer.whole_files import write_whole
 
 MANIFEST = "manifest.json"
 _LOCK = ".lock"
@@ -115,22 +114,3 @@ class Shards:
 def _passing(path: Path) -> bool:
     """Whether a file may be there before a run has begun."""
     return path.suffix == ".tmp" or path.name == _LOCK
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that it is there whole or not at all, also where the machine stops."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

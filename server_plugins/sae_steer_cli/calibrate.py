@@ -52,6 +52,11 @@ The sense of a word, at the word itself, told by its first character and the one
     sae-steer calibrate --model ./model --sae ./sae --data senses.csv --label-column sense --span-columns start,end
       --tokens labelled-span --concept bass_fish --out profiles/no-fish
 
+A model that needs several GPUs, in vLLM:
+
+    sae-steer calibrate --model org/model --sae ./sae@resid_post.30 --data train.csv --concept toxic
+      --out profiles/toxic --engine vllm --engine-args '{"tensor_parallel_size": 4}'
+
 **What it needs.** Two labels or more; 50 texts of each are few. Every row is checked before the model runs. A run that
 is killed goes on where it was when the same command is given again; no half-written profile can be loaded.
 

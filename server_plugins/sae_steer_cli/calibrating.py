@@ -13,7 +13,7 @@ from sae_steer.calibration.choose import Choice, calibration_of, choose
 from sae_steer.calibration.data import Columns, Survey, survey
 from sae_steer.calibration.estimate import ENOUGH
 from sae_steer.calibration.gather import Engine, Gathered, gather
-from sae_steer.calibration.harvest import Progress
+from sae_steer.calibration.harvest import BATCH_TOKENS, Progress
 from sae_steer.calibration.info import CalibrationInfo, CalibrationSettings
 from sae_steer.calibration.model import of_model, of_source
 from sae_steer.calibration.observe import Observing
@@ -133,6 +133,11 @@ def _survey(job: Job) -> Survey:
 def _engine(job: Job, named: NamedSae, found: Survey) -> tuple[Engine, Observing, str]:
     """What runs the model, with the tokens of a text that it takes, and the model's fingerprint."""
     if job.engine == "vllm":
+        if job.device != "auto" or job.batch_tokens != BATCH_TOKENS:
+            raise DataError(
+                "--device and --batch-tokens are transformers'. Say in --engine-args what vLLM is to do, such as "
+                '{"max_num_batched_tokens": 8192}.'
+            )
         from sae_steer_cli.calibrating_vllm import vllm_engine
 
         return vllm_engine(job.model, job.engine_args, job.dtype, job.observing, named, found.labels, job.bins_held)

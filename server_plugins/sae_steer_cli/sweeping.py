@@ -19,12 +19,12 @@ from sae_steer.calibration.observe import beginning
 from sae_steer.calibration.plots import png
 from sae_steer.calibration.plots import sweep as drawn
 from sae_steer.calibration.scoring import Passage, Score, passages
-from sae_steer.calibration.shards import write_whole
 from sae_steer.calibration.sweep import Case, Cell, Journal, Knee, knees, sweep
 from sae_steer.catalog import Catalog, CatalogSae, ProfileStore, Vector
 from sae_steer.errors import DataError, RequestError, RunFailed, StartError
 from sae_steer.sae import Activation
 from sae_steer.sites import Site
+from sae_steer.whole_files import write_whole
 from sae_steer_cli.models import NamedSae, columns_of, load_model, load_sae, location_of
 from sae_steer_cli.refusal import writes
 from sae_steer_server.settings import DType

@@ -232,7 +232,7 @@ class StepReads:
         stops: list[str] = []
         broken: list[str] = []
         finite = bool(np.isfinite(values).all())
-        heads = np.stack([positions, ids], axis=1)
+        heads = np.stack([positions, ids], axis=1).astype(np.float64)
         # Where all ask the same, their rows are made at once.
         everybody = self._rows(self.plan.runs[0], heads, values) if len(self.plan.cuts) == 1 else None
         # A request's tokens lie together, in the order of the batch.
@@ -251,7 +251,7 @@ class StepReads:
                 stops.append(run.name)
         return found, stops, broken
 
-    def _rows(self, run: ReadRun, heads: NDArray[np.int64], values: Floats) -> Floats:
+    def _rows(self, run: ReadRun, heads: Floats, values: Floats) -> Floats:
         """``[n, 2 + W]`` of some tokens of a run, or of others of its kind; ``heads [n, 2]`` go before them."""
         cut = self.plan.cuts[run.kind]
         rows = self._exact_rows(run, values) if cut is None else values[:, cut.columns] - cut.less

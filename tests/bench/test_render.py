@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def copy(folder: Path) -> Path:
     """A copy of what is rendered, and from what."""
-    for name in ("benchmarks/render.py", "README.md"):
+    for name in ("benchmarks/render.py", "README.md", "docs/suppression.md"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     for name in ("benchmarks/results", "docs/plots"):
@@ -50,6 +50,23 @@ def test_a_changed_result_is_stale_until_it_is_rendered(tmp_path: Path) -> None:
     assert render(folder) is None
     assert "1.2345 (" in (folder / "README.md").read_text()
     assert render(folder, "--check") is None
+
+
+def test_each_concept_of_the_suppression_is_rendered(tmp_path: Path) -> None:
+    folder = copy(tmp_path)
+    for stem, concept in (("topic", "travel"), ("sentiment", "negative"), ("emotion", "anger")):
+        path = folder / "benchmarks" / "results" / f"suppression_{stem}.json"
+        found = json.loads(path.read_text())
+        assert found["material"]["concept"] == concept
+        (half,) = (row for row in found["matched"] if row["level"] == 0.5 and row["method"] == "app")
+        half["measures"]["perplexity_rise"] = {"value": 0.4321, "interval": [0.4, 0.5]}
+        path.write_text(json.dumps(found))
+        assert "README.md is out of date" in str(render(folder, "--check"))
+        assert render(folder) is None
+        (row,) = (line for line in (folder / "README.md").read_text().splitlines() if line.startswith(f"| {concept},"))
+        assert "+43.2% (+40.0% to +50.0%)" in row
+        section = (folder / "docs" / "suppression.md").read_text().partition(f"begin suppression_{stem} ")[2]
+        assert "+43.2% (+40.0% to +50.0%)" in section.partition("<!-- end")[0]
 
 
 def test_a_run_of_the_command_is_rendered(tmp_path: Path) -> None:

@@ -163,6 +163,8 @@ def test_a_folder_in_which_another_process_works_is_left_alone(tmp_path: Path) -
         ([("a", "x"), ("b", "y")], ("--label-name", "x"), "--label-name 'x' is not NAME=VALUE"),
         ([("a", "x"), ("b", "y")], ("--max-length", "100000"), "more than the model's context"),
         ([("a", "x"), ("b", "y")], ("--sae", "/nowhere"), "There is no folder or file"),
+        ([("a", "x"), ("b", "y")], ("--engine", "vllm", "--device", "cpu"), "are transformers'"),
+        ([("a", "x"), ("b", "y")], ("--engine", "vllm", "--batch-tokens", "64"), "are transformers'"),
     ],
 )
 def test_refusals(tmp_path: Path, rows: list[tuple[str, str]], more: tuple[str, ...], says: str) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -96,15 +96,19 @@ class Definition:
         return Choice(found.tokens, found.logprobs, applied, "dose_exceeded" if failed else None, read=read)
 
     def _expected(self, ask: Ask, asked: Asked) -> Expected:
+        return replace(self.expect(asked), error=ask.fails, cached=ask.cached)
+
+    def expect(self, asked: Asked) -> Expected:
+        """What every path must answer to a request that is no case's."""
         found = self._greedy(asked.prompt, asked.steering, asked.tokens)
         return Expected(
             found.tokens,
             found.logprobs,
             found.margin,
             self._greedy(asked.prompt, None, asked.tokens).tokens,
-            ask.fails,
+            None,
             lambda cached: self._applied(asked, found, cached)[0],
-            ask.cached,
+            None,
             read_by_definition(asked, found.tokens, found.sites, self.catalog),
         )
 

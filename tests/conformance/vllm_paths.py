@@ -9,11 +9,12 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from typing import IO, Any
+from pathlib import Path
+from typing import IO, Any, Protocol
 
 from sae_steer import embedded
 from tests.conformance.answers import Asked, Choice
-from tests.conformance.catalog import BLOCK, CACHE_BLOCKS, CONTEXT, STEP_TOKENS, Files
+from tests.conformance.catalog import BLOCK, CACHE_BLOCKS, CONTEXT, STEP_TOKENS
 from tests.conformance.vllm_engine import EngineSettings
 
 OPTIONS: Mapping[str, Any] = {
@@ -35,6 +36,19 @@ ENVIRONMENT: Mapping[str, str] = {
 }
 TWO_WORKERS: Mapping[str, str] = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 """Variables of engines with two workers, which need a core each."""
+
+
+class Loaded(Protocol):
+    """What an engine loads beside its model."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it may leave its caches."""
+        ...
+
+    def plugin(self) -> dict[str, Any]:
+        """The plugin's configuration."""
+        ...
 
 
 @dataclass
@@ -71,7 +85,7 @@ class Engine:
         return self.log.read()[-8000:]
 
 
-def _environment(files: Files, changes: Mapping[str, str]) -> dict[str, str]:
+def _environment(files: Loaded, changes: Mapping[str, str]) -> dict[str, str]:
     """Variables of an engine's process: none of vLLM's but these, and compiled code in a folder of the run's own."""
     others = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     caches = {name: str(files.folder / name) for name in ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR")}
@@ -80,8 +94,9 @@ def _environment(files: Files, changes: Mapping[str, str]) -> dict[str, str]:
 
 @contextmanager
 def engine(
-    files: Files,
+    files: Loaded,
     *,
+    model: Path = embedded.MODEL,
     environment: Mapping[str, str] | None = None,
     v2: bool = False,
     **options: Any,
@@ -90,6 +105,7 @@ def engine(
 
     Args:
         files: The catalog.
+        model: Folder of the model.
         environment: Variables of its process.
         v2: As in :class:`EngineSettings`.
         options: Of ``vllm.LLM``, beside :data:`OPTIONS`.
@@ -108,7 +124,7 @@ def engine(
     ):
         running = Engine(process, log)
         try:
-            running._say(asdict(EngineSettings(str(embedded.MODEL), files.plugin(), {**OPTIONS, **options}, v2)))
+            running._say(asdict(EngineSettings(str(model), files.plugin(), {**OPTIONS, **options}, v2)))
             assert running._hear() == "ready"
             yield running
         finally:

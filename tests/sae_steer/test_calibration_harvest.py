@@ -16,11 +16,12 @@ from sae_steer.calibration.encode import Encoder
 from sae_steer.calibration.gather import gather
 from sae_steer.calibration.harvest import Harvester, Progress, Window, check_width, context_of, windows
 from sae_steer.calibration.observe import Observing, Tokeniser, batches, beginning
-from sae_steer.calibration.shards import Shards, write_whole
+from sae_steer.calibration.shards import Shards
 from sae_steer.calibration.statistics import Statistics
 from sae_steer.errors import DataError, NonFinite, WidthMismatch
 from sae_steer.sae import open_sae
 from sae_steer.sites import Place
+from sae_steer.whole_files import write_whole
 from tests import sae_forward
 from tests.sae_files import write_saelens
 from tests.topic_texts import sentences, write

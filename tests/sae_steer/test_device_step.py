@@ -68,36 +68,36 @@ class KeepsSelectors(DeviceStep):
 
 
 class OffByOne(DeviceStep):
-    def fill(self, rows: Any, starts: Any, positions: Any, tokens: Any, count: int, gathers: Any = None) -> None:
-        super().fill(rows, starts, positions + 1, tokens, count, gathers)
+    def fill(self, rows: Any, starts: Any, positions: Any, tokens: Any, count: int, *rest: Any) -> None:
+        super().fill(rows, starts, positions + 1, tokens, count, *rest)
 
 
 class OneTokenIsCompletion(DeviceStep):
     """Tells the phase from the size of a request's step."""
 
-    def fill(self, rows: Any, starts: Any, positions: Any, tokens: Any, count: int, gathers: Any = None) -> None:
+    def fill(self, rows: Any, starts: Any, positions: Any, tokens: Any, count: int, *rest: Any) -> None:
         positions = positions.clone()
         for a, b in zip(starts.tolist(), starts.tolist()[1:], strict=False):
             if b - a == 1:
                 positions[a] += 10
-        super().fill(rows, starts, positions, tokens, count, gathers)
+        super().fill(rows, starts, positions, tokens, count, *rest)
 
 
 class BelievesTheHost(DeviceStep):
     """Takes the host's count for where the last request ends."""
 
-    def fill(self, rows: Any, starts: Any, positions: Any, tokens: Any, count: int, gathers: Any = None) -> None:
+    def fill(self, rows: Any, starts: Any, positions: Any, tokens: Any, count: int, *rest: Any) -> None:
         starts = starts.clone()
         starts[len(rows[0]) :] = count
-        super().fill(rows, starts, positions, tokens, count, gathers)
+        super().fill(rows, starts, positions, tokens, count, *rest)
 
 
 class CountsPadding(DeviceStep):
     """Takes a padded row of the query starts for a request."""
 
-    def fill(self, rows: Any, starts: Any, positions: Any, tokens: Any, count: int, gathers: Any = None) -> None:
+    def fill(self, rows: Any, starts: Any, positions: Any, tokens: Any, count: int, *rest: Any) -> None:
         last = [np.concatenate([own, np.repeat(own[-1:], len(starts) - 1 - len(own))]) for own in rows]
-        super().fill(last, starts, positions, tokens, count, gathers)
+        super().fill(last, starts, positions, tokens, count, *rest)
 
 
 class NeverClears(DeviceStep):

@@ -94,9 +94,8 @@ def topk_readout_numba(
     centre, factor = _normed(read, int(row_int[0, RowInt.NORM]))
     # This way round the tokens of a feature lie together, and what is known of it is looked up once.
     dots = enc @ read.T
-    _largest(
-        *(t.numpy() for t in (dots, row_float, row_int[0], centre, factor, tokens)), ids.numpy(), values.numpy()
-    )  # fmt: skip
+    arguments: list[Any] = [t.numpy() for t in (dots, row_float, row_int[0], centre, factor, tokens, ids, values)]
+    _largest(*arguments)
 
 
 def _normed(x: Tensor, norm: int) -> tuple[Tensor, Tensor]:
