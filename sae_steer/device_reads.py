@@ -6,7 +6,7 @@ from typing import Self
 
 from torch import Tensor
 
-from sae_steer.read_store import ReadStore
+from sae_steer.read_store import HostStore, ReadStore
 from sae_steer_kernels import EditBuffers
 
 Gathers = Mapping[tuple[int, int], Tensor]
@@ -33,7 +33,7 @@ class DeviceReads:
     positions: Tensor
     ids: Tensor
     bits: Tensor
-    store: ReadStore
+    store: HostStore | ReadStore
 
     @classmethod
     def of(
@@ -44,7 +44,7 @@ class DeviceReads:
         positions: Tensor,
         ids: Tensor,
         bits: Tensor,
-        store: ReadStore,
+        store: HostStore | ReadStore,
     ) -> Self | None:
         """From ``wanted [T]`` bool and what a step knows of its tokens, ``[T]`` each; None where none is wanted.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_steer.device_reads import DeviceReads, Gathers
 from sae_steer.program import Program
-from sae_steer.read_store import ReadStore
+from sae_steer.read_store import store_for
 from sae_steer.runs import RunTable
 from sae_steer.sites import Site
 from sae_steer.slots import Bucket
@@ -85,7 +85,7 @@ class DeviceStep:
         self._edits: list[bool] = []  # buckets that have one that edits
         self.reads: DeviceReads | None = None
         """What is read in the step; None = nothing."""
-        self._store = ReadStore(widest=max(bucket.rows for bucket in buckets), device=device)
+        self._store = store_for(device, widest=max(bucket.rows for bucket in buckets))
         self._arange = torch.arange(capacity, device=device)
 
     @property
@@ -150,10 +150,11 @@ class DeviceStep:
             holds = held != 0
             self.slots[number][:count] = slot * holds
             # A token that is computed again, after a preemption, counts once.
-            self._rows[number][:count] = row * (holds & (positions > run.seen[row]))
+            first = positions > run.seen[row]
+            self._rows[number][:count] = row * (holds & first)
             bits = held if bits is None else bits | held
             if gathers is not None:
-                read = ((held & run.reads[row]) != 0) & (positions > run.seen[row])
+                read = ((held & run.reads[row]) != 0) & first
                 wanted = read if wanted is None else wanted | read
             if self.groups:
                 self.groups[number].fill(self.slots[number][:count], self._by_token[number].shape[0])
@@ -218,7 +219,8 @@ class DeviceStep:
         if touched is not None:
             found = found | touched.to(self.device)
         for number in self._used:
-            self.runs[number].finish(self._rows[number][:t], self._positions[:t], found)
+            edits = self._edits[number]
+            self.runs[number].finish(self._rows[number][:t], self._positions[:t], found if edits else None)
         return found
 
     def clear(self) -> None:

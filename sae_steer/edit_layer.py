@@ -74,7 +74,9 @@ class EditLayer:
         wholes = self.tables.wholes
         self._base = torch.zeros(tokens, self.tables.width_out, device=device) if wholes else None
         self._ranks = tuple(
-            RankBuffers.empty(tokens=tokens, rows=table.enc.shape[1], device=device) if wholes else None
+            RankBuffers.empty(tokens=tokens, rows=table.enc.shape[1], device=device)
+            if any(whole.topk for whole in wholes)
+            else None
             for table in self.tables.tables
         )
         # On a CPU the few active features of a TopK dictionary are found without it.
@@ -142,9 +144,9 @@ class EditLayer:
             ranks = all_ranks.first(tokens) if all_ranks is not None else None
             for whole, drop in zip(self.tables.wholes, self._drops, strict=True):
                 assert base is not None  # allocated together with the wholes
-                assert ranks is not None
                 scalars = (whole.row_float, whole.row_int)
                 if whole.topk:
+                    assert ranks is not None  # allocated where there is such a dictionary
                     topk_rank(
                         y, slots, active, table, whole.number, whole.enc, *scalars, ranks, read=read, residual=residual
                     )

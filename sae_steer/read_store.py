@@ -39,6 +39,38 @@ class _Kept:
     dtype: torch.dtype
 
 
+class HostStore:
+    """Rows of numbers by key, in the order in which they come, where the device is the host itself."""
+
+    nbytes = 0
+
+    def __init__(self) -> None:
+        self._host: dict[Hashable, list[NDArray[Any]]] = {}
+
+    def keep(self, key: Hashable, values: Tensor) -> None:
+        """Keeps ``values [n, w]``, which others may overwrite."""
+        self._host.setdefault(key, []).append(values.numpy().copy())
+
+    def gather(self, key: Hashable, reported: Tensor, tokens: Tensor, columns: Tensor) -> None:
+        """Keeps some columns of some rows; arguments as in :meth:`ReadStore.gather`."""
+        self._host.setdefault(key, []).append(reported.numpy()[tokens.numpy()][:, columns.numpy()])
+
+    def take(self) -> dict[Hashable, NDArray[Any]]:
+        """Everything that was kept, ``[n, w]`` each, and begins anew."""
+        found = {key: parts[0] if len(parts) == 1 else np.concatenate(parts) for key, parts in self._host.items()}
+        self._host = {}
+        return found
+
+    def clear(self) -> None:
+        """Forgets what a pass that failed half-way has left."""
+        self._host.clear()
+
+
+def store_for(device: torch.device, *, widest: int) -> "HostStore | ReadStore":
+    """What keeps the readings of a step; ``widest`` is the most numbers of a row."""
+    return HostStore() if device.type == "cpu" else ReadStore(widest=widest, device=device)
+
+
 class ReadStore:
     """Rows of numbers by key, in the order in which they come, on the device until its piece of memory is full.
 

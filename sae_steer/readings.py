@@ -16,8 +16,6 @@ from sae_steer.program import Program, Reading, Row, Selector
 from sae_steer.read_rows import Columns, Floats, layout, whole_reads
 from sae_steer.sites import Site
 
-AT_ONCE = 64
-"""Tokens that are gathered before they are summed: one by one, each would cost as much as all of them."""
 NOT_FINITE = "An activation that was read is not finite. The request was ended; others were not touched."
 NameOf = Callable[[Site, str], str]
 TextOf = Callable[[int], str]
@@ -231,62 +229,36 @@ class Reader:
         self._features = [rows[trigger.site][trigger.row] for trigger in program.triggers]
         self._fired = [_Fired() for _ in program.triggers]
         self.seen = -1
-        self._told = self._computed = 0
-        self._waiting: list[tuple[NDArray[np.int64], NDArray[np.int64], Floats]] = []
-        self._held = 0
+        self.told = 0
+        """Activations of single tokens that were taken so far, and are told."""
+        self.computed = 0
+        """Numbers that were taken so far."""
         self.stop: int | None = None
         """The first position where a trigger fired that ends the answer."""
         self.failure: RunFailed | None = None
 
-    @property
-    def told(self) -> int:
-        """Activations of single tokens that were taken so far, and are told."""
-        self._settle()
-        return self._told
-
-    @property
-    def computed(self) -> int:
-        """Numbers that were taken so far."""
-        self._settle()
-        return self._computed
-
-    def take(self, positions: NDArray[np.int64], tokens: NDArray[np.int64], rows: Floats) -> bool:
+    def take(self, positions: NDArray[np.int64], tokens: NDArray[np.int64], rows: Floats) -> None:
         """Adds tokens that were read; a position that is computed again, after a preemption, is passed over.
 
         Args:
             positions: ``[n]`` absolute positions, ascending.
             tokens: ``[n]`` token ids; -1 = not known.
             rows: ``[n, W]`` in the columns of :func:`layout`.
-
-        Returns:
-            Whether all that was taken has been summed up; else it waits for more, or for somebody to ask.
         """
         new = positions > self.seen
         if not new.any():
-            return False
+            return
         positions, tokens, rows = positions[new], tokens[new], rows[new]
         self.seen = int(positions[-1])
+        self.computed += rows.size if self._reads else 0  # triggers alone are few, and keep nothing
         if not np.isfinite(rows).all():
             self.failure = NonFinite(NOT_FINITE)
-            return False
-        self._waiting.append((positions, tokens, rows))
-        self._held += len(positions)
-        if self._held < AT_ONCE and not self._fired:  # a trigger may not wait
-            return False
-        self._settle()
-        return True
-
-    def _settle(self) -> None:
-        if not self._waiting:
             return
-        positions, tokens, rows = (np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
-        self._waiting, self._held = [], 0
-        self._computed += rows.size if self._reads else 0  # triggers alone are few, and keep nothing
         for read in self._reads:
             held = read.selector.by_position(positions, self.prompt_length)
             if held.any():
                 read.add(positions[held], tokens[held], rows[held])
-                self._told += int(held.sum()) * values_of(read.reading)
+                self.told += int(held.sum()) * values_of(read.reading)
         self._judge(positions, rows[:, self._trigger_columns])
 
     def _judge(self, positions: NDArray[np.int64], values: Floats) -> None:
@@ -306,7 +278,6 @@ class Reader:
         """For each reading, the entries of tokens that were not told yet; None where none is told token by token."""
         if not any(read.reading.per_token for read in self._reads):
             return None
-        self._settle()
         return [read.head(name_of) | read.new(text_of) for read in self._reads]
 
     def finish(self, name_of: NameOf, text_of: TextOf | None, *, keep: bool = False) -> dict[str, Any]:
@@ -317,7 +288,6 @@ class Reader:
             text_of: From a token's id to its text; None = no texts are told.
             keep: Whether what is told now will be told again.
         """
-        self._settle()
         readings = [read.head(name_of) | read.new(text_of, keep=keep) | read.summary() for read in self._reads]
         triggers = list(self._triggers(name_of))
         stops = [found for found in triggers if found["action"] == "stop" and found["fired"]]

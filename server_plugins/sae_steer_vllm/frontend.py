@@ -7,7 +7,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from prometheus_client import REGISTRY
 
 from sae_steer.capabilities import Capabilities
@@ -51,6 +50,10 @@ def block_metrics() -> BlockMetrics:
     return BlockMetrics(REGISTRY)
 
 
+AT_ONCE = 64
+"""Tokens that wait for one another: one by one, each would cost as much as all of them."""
+
+
 @dataclass(slots=True)
 class Collector:
     """What became of the engine's requests that one HTTP request was made into.
@@ -90,8 +93,10 @@ class Follow:
     budget: ReadingBudget
     sums: Sums | None = None
     failure: SteerError | None = None
-    charged: tuple[int, int] = (0, 0)
-    """What of the reader's numbers the budget knows of."""
+    waiting: list[bytes] = field(default_factory=list)
+    """What was read and is not with the reader yet, in the order of its tokens: no worker reads a token twice."""
+    held: int = 0
+    """How many tokens that is."""
 
     @property
     def stopped(self) -> bool:
@@ -105,8 +110,7 @@ class Follow:
 
     def new_readings(self) -> list[dict[str, Any]] | None:
         """For each reading, the tokens that were not told yet; None where none is told token by token."""
-        if self.reader is not None:
-            self._charge(self.reader)
+        self._settle()
         return self.reader.new(self.frontend.catalog.name_of, self.text_of) if self.reader is not None else None
 
     def take(self, payload: Mapping[str, Any]) -> None:
@@ -116,21 +120,24 @@ class Follow:
             self.failure = self.failure or self.sums.failure
         if ERROR in payload:
             self.failure = WorkerFailed(*payload[ERROR])
-        if READS in payload and self.reader is not None and self.failure is None:
-            self._read(self.reader, np.frombuffer(payload[READS], dtype=np.float64))
+        if READS in payload and self.reader is not None:
+            self.waiting.append(payload[READS])
+            self.held += len(payload[READS]) // (8 * (2 + self.reader.width))
+            if self.held >= AT_ONCE or self.program.triggers:  # a trigger may not wait
+                self._settle()
 
-    def _read(self, reader: Reader, values: NDArray[np.float64]) -> None:
-        rows = values.reshape(-1, 2 + reader.width)
-        if reader.take(rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64), rows[:, 2:]):
-            self._charge(reader)
-
-    def _charge(self, reader: Reader) -> None:
-        """Counts what was taken since the last time."""
-        told, computed = reader.told - self.charged[0], reader.computed - self.charged[1]
-        self.charged = reader.told, reader.computed
+    def _settle(self) -> None:
+        """Hands over to the reader what waits for it, and counts that."""
+        waiting, self.waiting, self.held = self.waiting, [], 0
+        reader = self.reader
+        if reader is None or not waiting or self.failure is not None:
+            return
+        before, computed = reader.told, reader.computed
+        rows = np.frombuffer(b"".join(waiting), dtype=np.float64).reshape(-1, 2 + reader.width)
+        reader.take(rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64), rows[:, 2:])
         try:
-            self.budget.take(told, computed)
-            block_metrics().values(told)
+            self.budget.take(reader.told - before, reader.computed - computed)
+            block_metrics().values(reader.told - before)
         except ReadingsExceeded as error:
             self.failure, self.reader = error, None
             if self.collector is not None:
@@ -138,8 +145,7 @@ class Follow:
 
     def finish(self, request: str, index: int) -> dict[str, Any]:
         """The block of a choice that has ended, which the collector gets too."""
-        if self.reader is not None and self.failure is None:
-            self._charge(self.reader)
+        self._settle()
         if self.failure is not None:
             block: dict[str, Any] = {"error": {"code": self.failure.code, "message": self.failure.message}}
             if self.collector is not None:

@@ -232,13 +232,15 @@ class StepReads:
         stops: list[str] = []
         broken: list[str] = []
         finite = bool(np.isfinite(values).all())
-        heads = np.stack([positions, ids], axis=1).astype(np.float64)
+        heads = np.empty((len(values), 2))
+        heads[:, 0], heads[:, 1] = positions, ids
         # Where all ask the same, their rows are made at once.
         everybody = self._rows(self.plan.runs[0], heads, values) if len(self.plan.cuts) == 1 else None
         # A request's tokens lie together, in the order of the batch.
-        numbers = np.array([run.number for run in self.plan.runs])
-        bounds = np.searchsorted(request, np.stack([numbers, numbers + 1], axis=1)).tolist()
-        for run, (first, end) in zip(self.plan.runs, bounds, strict=True):
+        counts = np.bincount(request, minlength=self.plan.runs[-1].number + 1).tolist()
+        end = 0
+        for run in self.plan.runs:
+            first, end = end, end + counts[run.number]
             if first == end:
                 continue
             own = slice(first, end)

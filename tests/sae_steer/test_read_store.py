@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae_steer.read_store import ReadStore
+from sae_steer.read_store import HostStore, ReadStore
 
 CPU = torch.device("cpu")
 WIDEST = 5
@@ -30,7 +30,7 @@ moves = st.lists(
 )
 
 
-def play(store: ReadStore, steps: list[Any]) -> None:
+def play(store: HostStore | ReadStore, steps: list[Any]) -> None:
     """Two passes through one store: what was gathered, and numbers of another kind."""
     random = torch.Generator().manual_seed(1)
     for _ in range(2):
@@ -57,6 +57,7 @@ def play(store: ReadStore, steps: list[Any]) -> None:
 @given(steps=moves, floats=st.integers(1, 60))
 def test_what_does_not_fit_at_once_comes_whole(steps: list[Any], floats: int) -> None:
     play(ReadStore(widest=WIDEST, device=CPU, floats=floats), steps)
+    play(HostStore(), steps)
 
 
 def test_a_piece_that_is_lost_is_seen() -> None:

@@ -15,13 +15,12 @@ from sae_steer.compiler import compile_program
 from sae_steer.errors import ReadingsExceeded, RequestError, SchemaError, Unsupported
 from sae_steer.limits import Limits
 from sae_steer.program import Program
-from sae_steer.readings import AT_ONCE
 from sae_steer.report import applied_block
 from sae_steer.runs import FAILED, TOUCHED, columns
 from sae_steer.schema import parse_steering
 from sae_steer.wire import parse, to_text
 from sae_steer_vllm.channel import ASK, ERROR, PROGRAM, READS, RESERVED, SUMS, TICKET, payload_of
-from sae_steer_vllm.frontend import Follow, Frontend, admit
+from sae_steer_vllm.frontend import AT_ONCE, Follow, Frontend, admit
 from tests.sae_steer.helpers import BOS, SITES, Json, documents, edit, make_catalog, steering, vector_edit
 
 LIMITS = Limits(max_programs=2, rows=3, wide_programs=1, wide_rows=6, dose_limit=50.0)
