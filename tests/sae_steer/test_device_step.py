@@ -29,7 +29,7 @@ def test_the_device_says_what_the_host_says(requests: list[Asked], steps: list[B
 class CountsTwice(RunTable):
     """Forgets how far each request has come, and counts again what is computed again."""
 
-    def finish(self, row: torch.Tensor, positions: torch.Tensor, touched: torch.Tensor) -> None:
+    def finish(self, row: torch.Tensor, positions: torch.Tensor, touched: torch.Tensor | None) -> None:
         super().finish(row, positions, touched)
         self.seen.fill_(-1)
 
@@ -37,7 +37,7 @@ class CountsTwice(RunTable):
 class ForgetsNewest(RunTable):
     """Takes the position of the last token for one that was seen already."""
 
-    def finish(self, row: torch.Tensor, positions: torch.Tensor, touched: torch.Tensor) -> None:
+    def finish(self, row: torch.Tensor, positions: torch.Tensor, touched: torch.Tensor | None) -> None:
         super().finish(row, positions + 1, touched)
 
 
@@ -68,36 +68,36 @@ class KeepsSelectors(DeviceStep):
 
 
 class OffByOne(DeviceStep):
-    def fill(self, rows: Any, starts: Any, positions: Any, tokens: Any, count: int, *rest: Any) -> None:
-        super().fill(rows, starts, positions + 1, tokens, count, *rest)
+    def fill(self, rows: Any, starts: Any, positions: Any, tokens: Any, count: int, *rest: Any, **more: Any) -> None:
+        super().fill(rows, starts, positions + 1, tokens, count, *rest, **more)
 
 
 class OneTokenIsCompletion(DeviceStep):
     """Tells the phase from the size of a request's step."""
 
-    def fill(self, rows: Any, starts: Any, positions: Any, tokens: Any, count: int, *rest: Any) -> None:
+    def fill(self, rows: Any, starts: Any, positions: Any, tokens: Any, count: int, *rest: Any, **more: Any) -> None:
         positions = positions.clone()
         for a, b in zip(starts.tolist(), starts.tolist()[1:], strict=False):
             if b - a == 1:
                 positions[a] += 10
-        super().fill(rows, starts, positions, tokens, count, *rest)
+        super().fill(rows, starts, positions, tokens, count, *rest, **more)
 
 
 class BelievesTheHost(DeviceStep):
     """Takes the host's count for where the last request ends."""
 
-    def fill(self, rows: Any, starts: Any, positions: Any, tokens: Any, count: int, *rest: Any) -> None:
+    def fill(self, rows: Any, starts: Any, positions: Any, tokens: Any, count: int, *rest: Any, **more: Any) -> None:
         starts = starts.clone()
         starts[len(rows[0]) :] = count
-        super().fill(rows, starts, positions, tokens, count, *rest)
+        super().fill(rows, starts, positions, tokens, count, *rest, **more)
 
 
 class CountsPadding(DeviceStep):
     """Takes a padded row of the query starts for a request."""
 
-    def fill(self, rows: Any, starts: Any, positions: Any, tokens: Any, count: int, *rest: Any) -> None:
+    def fill(self, rows: Any, starts: Any, positions: Any, tokens: Any, count: int, *rest: Any, **more: Any) -> None:
         last = [np.concatenate([own, np.repeat(own[-1:], len(starts) - 1 - len(own))]) for own in rows]
-        super().fill(last, starts, positions, tokens, count, *rest)
+        super().fill(last, starts, positions, tokens, count, *rest, **more)
 
 
 class NeverClears(DeviceStep):
