@@ -4,6 +4,8 @@ python benchmarks/render.py            # rewrite README.md, docs/suppression.md 
 python benchmarks/render.py --check    # exit with 1 where they are out of date
 
 A plot holds the digest of the result that it was drawn from: its bytes may differ from one matplotlib to the next.
+
+Longer than 400 lines because every result has its one table here, and none of them knows another.
 """
 
 import argparse
