@@ -82,6 +82,7 @@ def cases(device: torch.device) -> list[tuple[dict[str, Any], int]]:
         ({"tokens": 2, "width": 9, "features": 20}, 31),  # more than there are
         ({"tokens": 17, "width": 33, "features": 257}, 5),
         ({"tokens": 33, "width": 48, "features": 300, "residual": True}, 3),
+        ({"tokens": 110, "width": 24, "features": 140}, 4),  # the compiled loop leaves so many products to torch
         ({"tokens": 3, "width": 40, "features": 130, "dtype": torch.bfloat16}, 17),
         ({"tokens": 3, "width": 40, "features": 130, "dtype": torch.float16, "residual": True}, 7),
         ({"act": Act.TOPK, "topk": 4}, 6),
@@ -134,7 +135,7 @@ def check_order_does_not_matter(name: str, device: torch.device) -> None:
     assert torch.equal(moved_ids, ids[order])
     alone_ids, alone_values = run({**call, "x": call["x"][3:4], "wanted": call["wanted"][3:4]}, 4, name)
     assert torch.equal(alone_ids, ids[3:4])
-    if name == "triton":  # torch's matrix product sums in another order for another number of tokens
+    if name != "torch":  # torch's matrix product sums in another order for another number of tokens
         assert torch.equal(moved_values, values[order])
         assert torch.equal(alone_values, values[3:4])
 
