@@ -4,13 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from sae_steer.read_store import HostStore, ReadStore
-from sae_steer_kernels import EditBuffers
+from sae_steer_kernels import EditBuffers, StepTokens
 
-Gathers = Mapping[tuple[int, int], Tensor]
-"""By bucket and number of the site, which rows of a slot are read by any request ``[R]`` int64, on the device."""
+Gathers = Mapping[tuple[int, int, bool], Tensor]
+"""By bucket, number of the site, and whether after the edits: rows of a slot that any request reads, ``[R]`` int64."""
 
 
 @dataclass(slots=True)
@@ -24,7 +26,7 @@ class DeviceReads:
         positions: ``[n]`` int64, absolute.
         ids: ``[n]`` int64 token ids.
         bits: ``[n]`` int32 selectors.
-        store: Where f ``[n, R]`` goes, under ``("f", bucket, site)``, and f' under ``("f'", bucket, site)``.
+        store: Where the activations go, ``[n, R]``, under the keys of ``gathers``.
     """
 
     gathers: Gathers
@@ -36,29 +38,27 @@ class DeviceReads:
     store: HostStore | ReadStore
 
     @classmethod
-    def of(
-        cls,
-        gathers: Gathers,
-        wanted: Tensor,
-        request: Tensor,
-        positions: Tensor,
-        ids: Tensor,
-        bits: Tensor,
-        store: HostStore | ReadStore,
-    ) -> Self | None:
-        """From ``wanted [T]`` bool and what a step knows of its tokens, ``[T]`` each; None where none is wanted.
+    def of(cls, gathers: Gathers, step: StepTokens, store: HostStore | ReadStore) -> Self | None:
+        """Of a step that is laid out; None where no token of it is read.
 
         It waits for the device, which only steps with readers pay.
         """
-        tokens = wanted.nonzero().squeeze(1)
-        if not len(tokens):
-            return None
-        return cls(gathers, tokens, request[tokens], positions[tokens], ids[tokens], bits[tokens], store)
+        assert step.wanted is not None  # who gathers asks for it
+        kept = (step.request, step.absolute, step.known, step.bits)
+        if step.wanted.device.type == "cpu":
+            # A decode step's few tokens: numpy's calls are shorter than the way to torch's.
+            found = np.flatnonzero(step.wanted.numpy())
+            tokens, parts = torch.from_numpy(found), [torch.from_numpy(each.numpy()[found]) for each in kept]
+        else:
+            tokens = step.wanted.nonzero().squeeze(1)
+            parts = [each[tokens] for each in kept]
+        request, positions, ids, bits = parts
+        return cls(gathers, tokens, request, positions, ids, bits, store) if len(tokens) else None
 
     def gather(self, site: int, reports: Sequence[EditBuffers]) -> None:
         """Keeps what a site has reported, before another site reports to the same place."""
-        for (bucket, number), rows in self.gathers.items():
+        for key, rows in self.gathers.items():
+            bucket, number, after = key
             if number == site:
                 own = reports[bucket]
-                self.store.gather(("f", bucket, site), own.before, self.tokens, rows)
-                self.store.gather(("f'", bucket, site), own.after, self.tokens, rows)
+                self.store.gather(key, own.after if after else own.before, self.tokens, rows)

@@ -1,7 +1,8 @@
 """The token -> slot map of one step, built on the device from what the host has there: no synchronisation."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -14,7 +15,31 @@ from sae_steer.read_store import store_for
 from sae_steer.runs import RunTable
 from sae_steer.sites import Site
 from sae_steer.slots import Bucket
-from sae_steer_kernels import EditBuffers, TokenGroups, scratch_floats
+from sae_steer_kernels import LAY_OUT, BucketTokens, EditBuffers, StepTokens, TokenGroups, scratch_floats
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRows:
+    """Which rows the requests of a batch have in a bucket's table; good for as long as the batch holds the same ones.
+
+    Args:
+        rows: ``[R + 1]`` int64 on the device, in the order of the batch; 0 = none. The last is that of tokens beyond
+            the last request, for a step's count may be what the host hoped for.
+        own: ``[N]`` int64 on the device, those that are not 0.
+        edits: Whether any of their programs edits: where none does, there is nothing to count.
+    """
+
+    rows: Tensor
+    own: Tensor
+    edits: bool = True
+
+    @classmethod
+    def of(cls, rows: NDArray[np.int64], device: torch.device, *, edits: bool = True) -> Self | None:
+        """From the row of each request ``[R]``; None where none has one."""
+        own = rows[rows != 0]
+        if not own.size:
+            return None
+        return cls(torch.from_numpy(np.append(rows, 0)).to(device), torch.from_numpy(own).to(device), edits)
 
 
 class DeviceStep:
@@ -79,19 +104,19 @@ class DeviceStep:
         )
         self._vocabulary = vocabulary
         self._rows = tuple(torch.zeros(capacity, dtype=torch.int64, device=device) for _ in buckets)
-        self._positions = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self._request, self._positions, self._ids = torch.zeros(3, capacity, dtype=torch.int64, device=device)
+        self._wanted, self._untouched = torch.zeros(2, capacity, dtype=torch.bool, device=device)
         self._touched: Tensor | None = None
-        self._used: list[int] = []  # buckets that have a run in the step
-        self._edits: list[bool] = []  # buckets that have one that edits
+        self._batch: dict[int, BatchRows] = {}  # of the buckets that have a run in the step
+        self._lay_out = LAY_OUT.implementation(device)
         self.reads: DeviceReads | None = None
         """What is read in the step; None = nothing."""
         self._store = store_for(device, widest=max(bucket.rows for bucket in buckets))
-        self._arange = torch.arange(capacity, device=device)
 
     @property
     def nbytes(self) -> int:
         """Bytes of what has a fixed size."""
-        shared = [self.bits, self._positions, self._arange]
+        shared: list[Tensor] = [self.bits, self._request, self._positions, self._ids, self._wanted, self._untouched]
         mine = [*shared, *self.slots, *self._by_token, *self._rows, *self._selects]
         mine += [t for groups in self.groups for t in (groups.order, groups.tiles)]
         reports = sum(b.nbytes for b in (*self._few, *self._many))
@@ -109,60 +134,45 @@ class DeviceStep:
 
     def fill(
         self,
-        rows: Sequence[NDArray[np.int64]],
+        batch: Sequence[BatchRows | None],
         starts: Tensor,
         positions: Tensor,
-        tokens: Tensor,
+        ids: Tensor,
         count: int,
         gathers: Gathers | None = None,
-        edits: Sequence[bool] | None = None,
     ) -> None:
         """Lays out a step.
 
         Args:
-            rows: For each bucket ``[R]``: the row of each request of the batch, in its order; 0 = none.
+            batch: The rows of its requests in each bucket.
             starts: ``[R + 1]`` where each request's tokens start in the step, on the device.
             positions: ``[T]`` absolute positions, on the device.
-            tokens: ``[T]`` token ids, on the device.
+            ids: ``[T]`` token ids, on the device.
             count: ``T``.
             gathers: What of each site's report is kept, of the tokens that are read; None = nothing is read.
-            edits: For each bucket, whether any of its requests edits: where none does, there is nothing to count; None
-                = all do.
         """
         self.clear()
-        self._edits = [True] * len(rows) if edits is None else list(edits)
-        self._used = [number for number, own in enumerate(rows) if own.any()]
-        if not self._used:
+        self._batch = {number: rows for number, rows in enumerate(batch) if rows is not None}
+        if not self._batch:
             return
         self.tokens = count
-        request = torch.searchsorted(starts[1 : rows[0].size + 1], self._arange[:count], right=True)
-        positions = positions[:count].long()
-        tokens = tokens[:count].long().clamp(0, self._vocabulary - 1)
-        self._positions[:count] = positions
-        bits: Tensor | None = None
-        wanted: Tensor | None = None
-        for number in self._used:
-            run = self.runs[number]
-            # Tokens beyond the last request are nobody's: ``count`` may be what the host hoped for.
-            row = torch.from_numpy(np.append(rows[number], 0)).to(self.device)[request]
-            slot = run.slot[row]
-            held = run.held(row, positions) & self._by_token[number][slot, tokens]
-            holds = held != 0
-            self.slots[number][:count] = slot * holds
-            # A token that is computed again, after a preemption, counts once.
-            first = positions > run.seen[row]
-            self._rows[number][:count] = row * (holds & first)
-            bits = held if bits is None else bits | held
-            if gathers is not None:
-                read = ((held & run.reads[row]) != 0) & first
-                wanted = read if wanted is None else wanted | read
-            if self.groups:
-                self.groups[number].fill(self.slots[number][:count], self._by_token[number].shape[0])
-        assert bits is not None  # there is a bucket in use
-        self.bits[:count] = bits
-        if gathers is not None and wanted is not None:
+        tokens = StepTokens(
+            starts, positions[:count], ids[:count], self._vocabulary, self._request[:count], self._positions[:count],
+            self._ids[:count], self.bits[:count], None if gathers is None else self._wanted[:count],
+        )  # fmt: skip
+        self._lay_out(tokens, [self._tokens_of(number, own.rows, count) for number, own in self._batch.items()])
+        for number in self._batch if self.groups else ():
+            self.groups[number].fill(self.slots[number][:count], self._by_token[number].shape[0])
+        if gathers is not None:
             self._store.clear()
-            self.reads = DeviceReads.of(gathers, wanted, request, positions, tokens, bits, self._store)
+            self.reads = DeviceReads.of(gathers, tokens, self._store)
+
+    def _tokens_of(self, bucket: int, rows: Tensor, count: int) -> BucketTokens:
+        run = self.runs[bucket]
+        return BucketTokens(
+            rows, run.slot, run.seen, run.starts, run.masks, run.reads, self._by_token[bucket],
+            self.slots[bucket][:count], self._rows[bucket][:count],
+        )  # fmt: skip
 
     def reports(self, site: int, rows: int) -> tuple[EditBuffers, ...]:
         """Where a site's edit reports, for each bucket, in a forward pass of so many rows."""
@@ -173,7 +183,7 @@ class DeviceStep:
         if self.reads is not None:
             self.reads.gather(site, self.reports(site, rows))
         for bucket in buckets:
-            if not self._edits[bucket]:
+            if not self._batch[bucket].edits:
                 continue
             if rows <= self.few:
                 self._edited[bucket].append(site)
@@ -215,18 +225,17 @@ class DeviceStep:
         if not t:
             return None
         self._count_few()
-        found = self._touched if self._touched is not None else torch.zeros(t, dtype=torch.bool, device=self.device)
+        found = self._touched if self._touched is not None else self._untouched[:t]
         if touched is not None:
             found = found | touched.to(self.device)
-        for number in self._used:
-            edits = self._edits[number]
-            self.runs[number].finish(self._rows[number][:t], self._positions[:t], found if edits else None)
+        for number, own in self._batch.items():
+            self.runs[number].finish(self._rows[number][:t], self._positions[:t], found if own.edits else None)
         return found
 
     def clear(self) -> None:
         """No token of the next forward pass has a slot."""
         if self.tokens:
-            for number in self._used:
+            for number in self._batch:
                 self.slots[number].zero_()
                 self._rows[number].zero_()
                 if self.groups:

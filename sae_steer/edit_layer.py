@@ -10,7 +10,18 @@ from sae_steer.errors import Unsupported
 from sae_steer.readout import Readout
 from sae_steer.sites import Site
 from sae_steer.tables import SiteTables
-from sae_steer_kernels import DropScratch, EditBuffers, RankBuffers, TokenGroups, feature_edit, reconstruct, topk_rank
+from sae_steer_kernels import (
+    DropScratch,
+    EditBuffers,
+    EditTable,
+    RankBuffers,
+    SmallEdits,
+    TokenGroups,
+    feature_edit,
+    reconstruct,
+    small_edits,
+    topk_rank,
+)
 
 
 class TokenMap(Protocol):
@@ -67,6 +78,7 @@ class EditLayer:
     def _allocate(self, tokens: int) -> None:
         device = self.tables.device
         self.capacity = tokens
+        self._small: dict[tuple[int, int], tuple[Tensor, Tensor, EditBuffers, SmallEdits | None]] = {}
         self.buffers = tuple(
             EditBuffers.empty(tokens=tokens, rows=table.enc.shape[1], device=device)
             for table in (self.tables.tables if self._reports else ())
@@ -130,37 +142,61 @@ class EditLayer:
             y.copy_(flat.view(y.shape))
 
     def _edit(self, y: Tensor, read: Tensor | None, residual: Tensor | None, reports: Sequence[EditBuffers]) -> None:
-        tokens = y.shape[0]
-        bits = self.step.bits[:tokens]
-        base = self._base[:tokens] if self._base is not None else None
         for readout in self.readouts:  # of what no edit of this site has touched
             readout.take(y if read is None else read, residual)
         tracing = torch.compiler.is_compiling()  # a graph holds every bucket, whichever is armed
         for number, table in enumerate(self.tables.tables):
             if not (tracing or number in self._buckets):
                 continue
-            slots, active = self.step.slots[number][:tokens], self.active[number]
-            all_ranks = self._ranks[number]
-            ranks = all_ranks.first(tokens) if all_ranks is not None else None
-            for whole, drop in zip(self.tables.wholes, self._drops, strict=True):
-                assert base is not None  # allocated together with the wholes
-                scalars = (whole.row_float, whole.row_int)
-                if whole.topk:
-                    assert ranks is not None  # allocated where there is such a dictionary
-                    topk_rank(
-                        y, slots, active, table, whole.number, whole.enc, *scalars, ranks, read=read, residual=residual
-                    )
-                if tracing or self.tables.drops(number, whole):
-                    reconstruct(
-                        y, slots, bits, active, table.slot_int, whole.number,
-                        whole.enc, whole.dec, whole.dec_bias, *scalars, base,
-                        scratch=drop.first(tokens) if drop is not None else None, read=read, residual=residual,
-                    )  # fmt: skip
+            rank = self._whole_dictionaries(number, table, y, read, residual, tracing=tracing)
+            small = None if tracing else self._small_edits(number, reports[number])
+            if small is not None and small.takes(y):
+                small(y, read, residual, self._base, rank)
+                continue
+            tokens = y.shape[0]
             feature_edit(
-                y, slots, bits, active, table, reports[number].first(tokens),
-                read=read, residual=residual, base=base, rank=ranks.rank if ranks is not None else None,
+                y, self.step.slots[number][:tokens], self.step.bits[:tokens], self.active[number], table,
+                reports[number].first(tokens), read=read, residual=residual,
+                base=self._base[:tokens] if self._base is not None else None, rank=rank,
                 groups=self.step.groups[number] if self.step.groups else None,
             )  # fmt: skip
+
+    def _whole_dictionaries(
+        self, bucket: int, table: EditTable, y: Tensor, read: Tensor | None, residual: Tensor | None, *, tracing: bool
+    ) -> Tensor | None:
+        """Fills ``base``, where rows drop the reconstruction error; the ranks of rows that are TopK."""
+        tokens = y.shape[0]
+        all_ranks = self._ranks[bucket]
+        ranks = all_ranks.first(tokens) if all_ranks is not None else None
+        for whole, drop in zip(self.tables.wholes, self._drops, strict=True):
+            drops = tracing or self.tables.drops(bucket, whole)
+            if not (drops or whole.topk):
+                continue
+            slots, active = self.step.slots[bucket][:tokens], self.active[bucket]
+            scalars = whole.row_float, whole.row_int
+            if whole.topk:
+                assert ranks is not None  # allocated where there is such a dictionary
+                topk_rank(
+                    y, slots, active, table, whole.number, whole.enc, *scalars, ranks, read=read, residual=residual
+                )
+            if drops:
+                assert self._base is not None  # allocated together with the wholes
+                reconstruct(
+                    y, slots, self.step.bits[:tokens], active, table.slot_int, whole.number,
+                    whole.enc, whole.dec, whole.dec_bias, *scalars, self._base[:tokens],
+                    scratch=drop.first(tokens) if drop is not None else None, read=read, residual=residual,
+                )  # fmt: skip
+        return ranks.rank if ranks is not None else None
+
+    def _small_edits(self, bucket: int, reports: EditBuffers) -> SmallEdits | None:
+        """What edits steps of few tokens, as long as the map and the reports are where they were."""
+        slots, bits = self.step.slots[bucket], self.step.bits
+        known = self._small.get((bucket, id(reports)))
+        if known is None or known[0] is not slots or known[1] is not bits:
+            # The reports are held too, so that no others come to have their number.
+            known = slots, bits, reports, small_edits(self.tables.tables[bucket], slots, bits, reports)
+            self._small[bucket, id(reports)] = known
+        return known[3]
 
 
 def _flat(x: Tensor | None) -> Tensor | None:

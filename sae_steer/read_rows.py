@@ -12,6 +12,8 @@ from sae_steer.sites import Site
 Floats = NDArray[np.float64]
 Tops = dict[tuple[Site, str], tuple[Floats, Floats]]
 """By site and SAE, the numbers of the largest features of each token that is read ``[n, k]``, and their values."""
+ReadAt = tuple[Site, bool]
+"""A site, and whether its activations after the edits are meant, f', or those before, f."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,62 +83,62 @@ def whole_reads(program: Program) -> dict[tuple[Site, str], tuple[int, int]]:
     return found
 
 
-def needed_rows(program: Program) -> dict[Site, list[int]]:
-    """At each site, the rows whose activations a program's readings and triggers are made from, rising."""
-    found: dict[Site, set[int]] = {part.site: set() for part in program.sites}
+def needed_rows(program: Program) -> dict[ReadAt, list[int]]:
+    """The rows whose activations a program's readings and triggers are made from, rising."""
+    found: dict[ReadAt, set[int]] = {}
     for reading in program.readings:
-        found[reading.site].update(reading.rows)
+        rows = found.setdefault((reading.site, reading.after), set())
+        rows.update(reading.rows)
         if reading.top_k and reading.after:
-            found[reading.site].update(edited_rows(program, reading.site, reading.source))
+            rows.update(edited_rows(program, reading.site, reading.source))
     for trigger in program.triggers:
-        found[trigger.site].add(trigger.row)
-    return {site: sorted(rows) for site, rows in found.items() if rows}
+        found.setdefault((trigger.site, False), set()).add(trigger.row)
+    return {place: sorted(rows) for place, rows in found.items() if rows}
 
 
 def read_rows(
     program: Program,
     count: int,
-    before: dict[Site, Floats],
-    after: dict[Site, Floats],
+    activations: Mapping[ReadAt, Floats],
     tops: Tops,
-    places: Mapping[Site, Sequence[int]] | None = None,
+    places: Mapping[ReadAt, Sequence[int]] | None = None,
 ) -> Floats:
     """The rows that :meth:`Reader.take` wants, from what a step reported.
 
     Args:
         program: What the request asks.
         count: ``n``, tokens that are read.
-        before: By site ``[n, K]``, activations f.
-        after: By site ``[n, K]``, activations f'.
+        activations: ``[n, K]`` each.
         tops: The largest features.
-        places: By site, which row of the program each column of ``before`` and ``after`` is; None = they are all.
+        places: Which row of the program each column of ``activations`` is; None = they are all.
 
     Returns:
         ``[n, W]``.
     """
     columns, triggers, width = layout(program)
     found = np.zeros((count, width))
-    where = {site: {row: column for column, row in enumerate(rows)} for site, rows in (places or {}).items()}
+    where = {place: {row: column for column, row in enumerate(rows)} for place, rows in (places or {}).items()}
 
-    def at(site: Site, rows: Sequence[int]) -> list[int]:
-        return [where[site][row] for row in rows] if places is not None else list(rows)
+    def at(place: ReadAt, rows: Sequence[int]) -> Floats:
+        """``[n, len(rows)]``, activations of some rows."""
+        return activations[place][:, list(rows) if places is None else [where[place][row] for row in rows]]
 
     for reading, own in zip(program.readings, columns, strict=True):
+        place = reading.site, reading.after
         if reading.rows:
-            found[:, own.values] = (after if reading.after else before)[reading.site][:, at(reading.site, reading.rows)]
+            found[:, own.values] = at(place, reading.rows)
         if reading.top_k:
             ids, top = tops[reading.site, reading.source]
             if reading.after:
                 edited = edited_rows(program, reading.site, reading.source)
                 rows = next(part.rows for part in program.sites if part.site == reading.site)
                 numbers = np.array([rows[i].feature for i in edited], dtype=np.float64)
-                ids, top = merged_top(
-                    ids, top, numbers, after[reading.site][:, at(reading.site, edited)], reading.top_k
-                )
+                new = at(place, edited) if edited else np.zeros((count, 0))
+                ids, top = merged_top(ids, top, numbers, new, reading.top_k)
             found[:, own.ids], found[:, own.top] = -1, 0
             k = min(reading.top_k, ids.shape[1])
             found[:, own.ids.start : own.ids.start + k] = ids[:, :k]
             found[:, own.top.start : own.top.start + k] = top[:, :k]
     for i, trigger in enumerate(program.triggers):
-        found[:, triggers.start + i] = before[trigger.site][:, at(trigger.site, [trigger.row])[0]]
+        found[:, triggers.start + i] = at((trigger.site, False), [trigger.row])[:, 0]
     return found

@@ -164,11 +164,6 @@ class RunTable:
         self.slot[row] = 0
         self._free.append(row)
 
-    def held(self, row: Tensor, positions: Tensor) -> Tensor:
-        """The mask of the selectors that hold by position: ``row [T]``, ``positions [T]`` to ``[T]`` int32."""
-        piece = (self.starts[row] <= positions[:, None]).sum(dim=1) - 1
-        return self.masks[row, piece]
-
     def count(
         self, sites: Tensor, row: Tensor, slots: Tensor, bits: Tensor, select: Tensor, buffers: EditBuffers
     ) -> Tensor:

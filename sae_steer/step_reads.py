@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from sae_steer.read_rows import Floats, Tops, read_rows
+from sae_steer.read_rows import Floats, ReadAt, Tops, read_rows
 from sae_steer.readings import Reader
 from sae_steer.readout import Readout
 from sae_steer.sites import Site
@@ -21,13 +21,12 @@ class _RunReads:
         wanted = ((placed.bits & placed.run.program.reads) != 0) & (placed.positions > reader.seen)
         self.rows = wanted.nonzero()[0]
         self.bits = placed.bits[self.rows]
-        self.before: dict[Site, Floats] = {}
-        self.after: dict[Site, Floats] = {}
+        self.activations: dict[ReadAt, Floats] = {}
         self.tops: Tops = {}
 
     def finish(self) -> None:
         placed, run = self.placed, self.placed.run
-        values = read_rows(run.program, len(self.rows), self.before, self.after, self.tops)
+        values = read_rows(run.program, len(self.rows), self.activations, self.tops)
         self.reader.take(placed.positions[self.rows], placed.tokens[self.rows], values)
         if run.failure is None:
             run.failure = self.reader.failure
@@ -68,8 +67,8 @@ class StepReads:
         """Keeps what a site reported of a request's tokens, ``[t, K]`` each."""
         reads = self._runs.get(id(placed))
         if reads is not None:
-            reads.before[site] = before[reads.rows].astype(np.float64)
-            reads.after[site] = after[reads.rows].astype(np.float64)
+            reads.activations[site, False] = before[reads.rows].astype(np.float64)
+            reads.activations[site, True] = after[reads.rows].astype(np.float64)
 
     def finish(self) -> None:
         """Hands everything over to the requests' readers."""

@@ -8,8 +8,10 @@ from sae_steer_kernels._regions import traced as traced
 from sae_steer_kernels.feature_edit import FEATURE_EDIT as FEATURE_EDIT
 from sae_steer_kernels.feature_edit import EditBuffers as EditBuffers
 from sae_steer_kernels.feature_edit import EditTable as EditTable
+from sae_steer_kernels.feature_edit import SmallEdits as SmallEdits
 from sae_steer_kernels.feature_edit import feature_edit as feature_edit
 from sae_steer_kernels.feature_edit import scratch_floats as scratch_floats
+from sae_steer_kernels.feature_edit import small_edits as small_edits
 from sae_steer_kernels.feature_edit.grouping import TokenGroups as TokenGroups
 from sae_steer_kernels.feature_edit.layout import Act as Act
 from sae_steer_kernels.feature_edit.layout import Flag as Flag
@@ -18,6 +20,9 @@ from sae_steer_kernels.feature_edit.layout import RowFloat as RowFloat
 from sae_steer_kernels.feature_edit.layout import RowInt as RowInt
 from sae_steer_kernels.feature_edit.layout import SlotFloat as SlotFloat
 from sae_steer_kernels.feature_edit.layout import SlotInt as SlotInt
+from sae_steer_kernels.lay_out import LAY_OUT as LAY_OUT
+from sae_steer_kernels.lay_out import BucketTokens as BucketTokens
+from sae_steer_kernels.lay_out import StepTokens as StepTokens
 from sae_steer_kernels.reconstruct import RECONSTRUCT as RECONSTRUCT
 from sae_steer_kernels.reconstruct import DropScratch as DropScratch
 from sae_steer_kernels.reconstruct import reconstruct as reconstruct

@@ -41,11 +41,11 @@ class Op:
     supports: Mapping[str, Supports] = field(default_factory=dict)
     generate: Callable[[int, torch.device], dict[str, Any]] | None = None
     host_free: frozenset[str] = frozenset()
+    variable: str = field(init=False)
+    """Environment variable that names the provider to use."""
 
-    @property
-    def variable(self) -> str:
-        """Environment variable that names the provider to use."""
-        return f"SAE_STEER_{self.name.upper()}"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "variable", f"SAE_STEER_{self.name.upper()}")
 
     @property
     def overload(self) -> torch._ops.OpOverload[..., Any]:
@@ -67,7 +67,8 @@ class Op:
             LookupError: The override, or the device, names no implementation of this op, or the one that the override
                 names cannot take the call.
         """
-        override = os.environ.get(self.variable)
+        # Asked first, since ``get`` finds out by an exception, which each site of each step would pay.
+        override = os.environ[self.variable] if self.variable in os.environ else ""  # noqa: SIM401
         provider = override or self.by_device.get(device.type)
         if provider is None or provider not in self.implementations:
             have = ", ".join(self.implementations)

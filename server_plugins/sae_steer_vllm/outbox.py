@@ -32,7 +32,9 @@ class Outbox:
     def take(self, name: str) -> _Rows | None:
         """Takes what a request has; None where it has nothing."""
         rows = self._rows.pop(name, None)
-        return np.concatenate(rows) if rows else None
+        if not rows:
+            return None
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def drop(self, name: str) -> None:
         """Forgets a request that has ended."""

@@ -2,16 +2,15 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sae_steer.catalog import Catalog
-from sae_steer.device_step import DeviceStep
+from sae_steer.device_step import BatchRows, DeviceStep
 from sae_steer.edit_layer import EditLayer
 from sae_steer.errors import NonFinite, RunFailed, SiteError, SteerError
 from sae_steer.limits import Limits
@@ -110,23 +109,23 @@ class _Batch:
 
     Args:
         requests: The requests, in order.
-        rows: For each bucket ``[R]``, the row of each request; 0 = none.
+        rows: The rows of its requests in each bucket; None = it has none there.
         columns: For each bucket, the places of its requests' sums in the flattened table; None = it has none.
         armed: Buckets that have a program at each site.
         ends: Where each steered request's sums end, once they are gathered.
         errors: Requests that could not be steered.
         plan: What its requests have read; None = nothing.
-        edits: For each bucket, whether any of its requests edits.
+        still: The sums of its requests ``[N]``, where none of them edits and so none changes.
     """
 
     requests: list[str]
-    rows: list[NDArray[np.int64]]
+    rows: list[BatchRows | None]
     columns: list[Tensor | None]
     armed: Mapping[Site, frozenset[int]]
     ends: dict[str, int]
     errors: list[str]
     plan: ReadPlan | None
-    edits: list[bool]
+    still: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +305,7 @@ class Worker:
             self._batch = self._plan(requests)
         plan = self._batch.plan
         gathers = plan.gathers if plan is not None else None
-        self.step.fill(self._batch.rows, starts, positions, tokens, count, gathers, self._batch.edits)
+        self.step.fill(self._batch.rows, starts, positions, tokens, count, gathers)
         for editor in self.editors.values():
             editor.arm(self._batch.armed.get(editor.layer.site, _NONE))
         self._reads = None
@@ -336,16 +335,27 @@ class Worker:
                 ends[request] = end
                 for part in run.program.sites:
                     armed.setdefault(part.site, set()).add(bucket)
-        return _Batch(
+        device = self.step.device
+        batch = _Batch(
             list(requests),
-            rows,
+            [BatchRows.of(own, device, edits=which) for own, which in zip(rows, edits, strict=True)],
             [torch.cat(found) if found else None for found in columns_of],
             {site: frozenset(buckets) for site, buckets in armed.items()},
             ends,
             [request for request in requests if request in self._errors],
             self._read_plan(requests),
-            edits,
         )
+        return batch if any(edits) or not ends else replace(batch, still=self._sums(batch))
+
+    def _sums(self, batch: _Batch) -> Tensor:
+        """``[N]`` the sums of the batch's requests, one after the other."""
+        parts: list[Tensor] = []
+        for table, own, used in zip(self.step.runs, batch.rows, batch.columns, strict=True):
+            if own is not None and used is not None:
+                if own.edits:
+                    table.judge(own.own)
+                parts.append(table.sums.view(-1)[used])
+        return torch.cat(parts)
 
     def _read_plan(self, requests: Sequence[str]) -> ReadPlan | None:
         steered = {name: (run.program, run.slot.bucket, run.prompt_length) for name, run in self._runs.items()}
@@ -366,14 +376,7 @@ class Worker:
         self.step.clear()
         if touched is None or self._batch is None:
             return None
-        parts: list[Tensor] = []
-        batch = self._batch
-        for table, own, used, edits in zip(self.step.runs, batch.rows, batch.columns, batch.edits, strict=True):
-            if used is not None:
-                if edits:
-                    table.judge(torch.from_numpy(own[own != 0]).to(table.device))
-                parts.append(table.sums.view(-1)[used])
-        sums = torch.cat(parts)
+        sums = self._batch.still if self._batch.still is not None else self._sums(self._batch)
         if before is not None:
             # Sites of other stages are zero here. Touched tokens were handed on, and counted anew.
             heads = torch.tensor([0, *list(self._batch.ends.values())[:-1]], device=sums.device)

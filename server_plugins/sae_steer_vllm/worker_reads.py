@@ -14,11 +14,14 @@ from sae_steer.device_reads import DeviceReads, Gathers
 from sae_steer.edit_layer import EditLayer
 from sae_steer.limits import Limits
 from sae_steer.program import Program
-from sae_steer.read_rows import Floats, Tops, layout, needed_rows, read_rows, whole_reads
+from sae_steer.read_rows import Floats, ReadAt, Tops, layout, needed_rows, read_rows, whole_reads
 from sae_steer.readout import Readout, ReadoutSpace
 from sae_steer.schema import MAX_TOP_K
 from sae_steer.sites import Site
 from sae_steer.tables import Whole
+
+_HEAD = 2
+"""Columns before those of what was read: position and token id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,26 +68,26 @@ class _Cut:
     """How a request's rows come out of a step's matrix, where each of their columns is one of the matrix's.
 
     Args:
-        columns: ``[W]`` which.
-        less: ``[W]`` what is taken off: numbers of features are one too large there.
+        columns: ``[2 + W]`` which.
+        less: ``[2 + W]`` what is taken off, since numbers of features are one too large there; None = nothing.
     """
 
     columns: NDArray[np.int64]
-    less: Floats
+    less: Floats | None
 
 
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
     """What does not change while the batch holds the same requests.
 
-    Every process of a pipeline makes the same plan, and so the same matrix ``[n, C]``: zero where another process has
-    the site.
+    Every process of a pipeline makes the same plan, and so the same matrix ``[n, C]``: position and token id from the
+    first, and what was read; zero where another process has it.
 
     Args:
         runs: The requests.
-        gathers: Rows that are read, of each bucket and site.
-        places: The same, for each site of one bucket.
-        columns: By bucket and site, the first column of f; that of f' is as many further as there are rows.
+        gathers: Rows that are read.
+        places: The same, for each place of one bucket.
+        columns: The first column of each of ``gathers``.
         largest: By site and SAE.
         width: ``C``.
         cuts: By program; None = its rows take more than a choice of columns.
@@ -92,8 +95,8 @@ class ReadPlan:
 
     runs: list[ReadRun]
     gathers: Gathers
-    places: Mapping[int, Mapping[Site, Sequence[int]]]
-    columns: Mapping[tuple[int, int], int]
+    places: Mapping[int, Mapping[ReadAt, Sequence[int]]]
+    columns: Mapping[tuple[int, int, bool], int]
     largest: Mapping[tuple[Site, str], _Largest]
     width: int
     sites: tuple[Site, ...]
@@ -111,26 +114,26 @@ class ReadPlan:
         """The plan of a batch of so many ``requests``; None where nobody reads. ``features`` are ``F`` of each SAE."""
         if not runs:
             return None
-        wanted: dict[tuple[int, int], set[int]] = {}
+        wanted: dict[tuple[int, int, bool], set[int]] = {}
         masks: dict[tuple[Site, str], tuple[int, NDArray[np.int32]]] = {}
         for run in runs:
-            for site, own_rows in needed_rows(run.program).items():
-                wanted.setdefault((run.bucket, sites.index(site)), set()).update(own_rows)
+            for (site, after), own_rows in needed_rows(run.program).items():
+                wanted.setdefault((run.bucket, sites.index(site), after), set()).update(own_rows)
             for key, (k, mask) in whole_reads(run.program).items():
                 most, own = masks.setdefault(key, (0, np.zeros(requests, np.int32)))
                 own[run.number] = mask
                 masks[key] = max(most, min(k, features[key[1]])), own
-        columns: dict[tuple[int, int], int] = {}
-        places: dict[int, dict[Site, list[int]]] = {run.bucket: {} for run in runs}
-        width = 0
-        for (bucket, site_number), rows in wanted.items():
-            places[bucket][sites[site_number]] = sorted(rows)
-            columns[bucket, site_number], width = width, width + 2 * len(rows)
+        columns: dict[tuple[int, int, bool], int] = {}
+        places: dict[int, dict[ReadAt, list[int]]] = {run.bucket: {} for run in runs}
+        width = _HEAD
+        for (bucket, number, after), rows in wanted.items():
+            places[bucket][sites[number], after] = sorted(rows)
+            columns[bucket, number, after], width = width, width + len(rows)
         gathers = {place: torch.tensor(sorted(rows), device=device) for place, rows in wanted.items()}
         largest: dict[tuple[Site, str], _Largest] = {}
         for key, (k, own) in masks.items():
             largest[key], width = _Largest(width, k, torch.from_numpy(own).to(device)), width + 2 * k
-        firsts = {(bucket, sites[number]): first for (bucket, number), first in columns.items()}
+        firsts = {(bucket, (sites[number], after)): first for (bucket, number, after), first in columns.items()}
         cuts: dict[tuple[str, int], _Cut | None] = {}
         for run in runs:
             if run.kind not in cuts:
@@ -140,32 +143,32 @@ class ReadPlan:
 
 def _cut(
     run: ReadRun,
-    places: Mapping[Site, Sequence[int]],
-    firsts: Mapping[tuple[int, Site], int],
+    places: Mapping[ReadAt, Sequence[int]],
+    firsts: Mapping[tuple[int, ReadAt], int],
     largest: Mapping[tuple[Site, str], _Largest],
 ) -> _Cut | None:
     """The columns of a program's rows, as :func:`~sae_steer.read_rows.read_rows` would fill them."""
     program = run.program
     if any(reading.top_k and reading.after for reading in program.readings):
         return None  # the largest after the edits are found among the largest before them
-    columns: list[int] = []
+    columns = list(range(_HEAD))
     numbers: set[int] = set()  # columns of the rows that hold numbers of features
 
-    def named(site: Site, rows: Sequence[int], *, after: bool) -> None:
-        have, first = places[site], firsts[run.bucket, site]
-        columns.extend(first + after * len(have) + have.index(row) for row in rows)
+    def named(place: ReadAt, rows: Sequence[int]) -> None:
+        columns.extend(firsts[run.bucket, place] + places[place].index(row) for row in rows)
 
     for reading in program.readings:
         if reading.rows:
-            named(reading.site, reading.rows, after=reading.after)
+            named((reading.site, reading.after), reading.rows)
         if reading.top_k:
             found = largest[reading.site, reading.source]
             numbers.update(range(len(columns), len(columns) + reading.top_k))
             for first in (found.first, found.first + found.k):
                 columns.extend(range(first, first + reading.top_k))
     for trigger in program.triggers:
-        named(trigger.site, [trigger.row], after=False)
-    return _Cut(np.array(columns, dtype=np.int64), np.array([float(i in numbers) for i in range(len(columns))]))
+        named((trigger.site, False), [trigger.row])
+    less = np.array([float(i in numbers) for i in range(len(columns))]) if numbers else None
+    return _Cut(np.array(columns, dtype=np.int64), less)
 
 
 @dataclass(slots=True)
@@ -206,17 +209,17 @@ class StepReads:
         """``[n, C]`` float64 on the CPU, of this process and of those ``before`` it in a pipeline."""
         n = len(self.reads.tokens)
         found, kept = np.zeros((n, self.plan.width)), self.reads.store.take()
-        for (bucket, site), first in self.plan.columns.items():
-            f, after = (kept.get((kind, bucket, site)) for kind in ("f", "f'"))
-            if f is not None and after is not None:
-                rows = f.shape[1]
-                found[:, first : first + rows], found[:, first + rows : first + 2 * rows] = f, after
-        for key, asks in self._asks.items():
-            largest, here = self.plan.largest[key], asks.cpu().numpy()
+        if before is None:
+            found[:, 0], found[:, 1] = (t.cpu().numpy() for t in (self.reads.positions, self.reads.ids))
+        for key, first in self.plan.columns.items():
+            if key in kept:
+                found[:, first : first + kept[key].shape[1]] = kept[key]
+        for place, asks in self._asks.items():
+            largest, here = self.plan.largest[place], asks.cpu().numpy()
             first, k = largest.first, largest.k
             # One more than the number, so that a process that does not have the site adds nothing to it.
-            found[here, first : first + k] = kept["ids", *key] + 1.0
-            found[here, first + k : first + 2 * k] = kept["top", *key]
+            found[here, first : first + k] = kept["ids", *place] + 1.0
+            found[here, first + k : first + 2 * k] = kept["top", *place]
         made = torch.from_numpy(found)
         return made if before is None else made + before.cpu()
 
@@ -226,16 +229,13 @@ class StepReads:
         Returns:
             These, the requests that a trigger ends, and those that must end because a value is not finite.
         """
-        reads, values = self.reads, matrix.numpy()
-        request, positions, ids = (t.cpu().numpy() for t in (reads.request, reads.positions, reads.ids))
+        values, request = matrix.numpy(), self.reads.request.cpu().numpy()
         found: dict[str, Floats] = {}
         stops: list[str] = []
         broken: list[str] = []
         finite = bool(np.isfinite(values).all())
-        heads = np.empty((len(values), 2))
-        heads[:, 0], heads[:, 1] = positions, ids
         # Where all ask the same, their rows are made at once.
-        everybody = self._rows(self.plan.runs[0], heads, values) if len(self.plan.cuts) == 1 else None
+        everybody = self._rows(self.plan.runs[0], values) if len(self.plan.cuts) == 1 else None
         # A request's tokens lie together, in the order of the batch.
         counts = np.bincount(request, minlength=self.plan.runs[-1].number + 1).tolist()
         end = 0
@@ -243,45 +243,44 @@ class StepReads:
             first, end = end, end + counts[run.number]
             if first == end:
                 continue
-            own = slice(first, end)
-            rows = everybody[own] if everybody is not None else self._rows(run, heads[own], values[own])
+            rows = everybody[first:end] if everybody is not None else self._rows(run, values[first:end])
             if not finite and not np.isfinite(rows).all():
                 broken.append(run.name)
                 continue
             found[run.name] = rows
-            if run.program.triggers and _stops(run, positions[first:end], rows[:, 2:]):
+            if run.program.triggers and _stops(run, rows):
                 stops.append(run.name)
         return found, stops, broken
 
-    def _rows(self, run: ReadRun, heads: Floats, values: Floats) -> Floats:
-        """``[n, 2 + W]`` of some tokens of a run, or of others of its kind; ``heads [n, 2]`` go before them."""
+    def _rows(self, run: ReadRun, values: Floats) -> Floats:
+        """``[n, 2 + W]`` of some tokens of a run, or of others of its kind."""
         cut = self.plan.cuts[run.kind]
-        rows = self._exact_rows(run, values) if cut is None else values[:, cut.columns] - cut.less
-        return np.concatenate([heads, rows], axis=1)
+        if cut is None:
+            return np.concatenate([values[:, :_HEAD], self._exact_rows(run, values)], axis=1)
+        rows = values[:, cut.columns]
+        return rows if cut.less is None else rows - cut.less
 
     def _exact_rows(self, run: ReadRun, values: Floats) -> Floats:
-        before: dict[Site, Floats] = {}
-        after: dict[Site, Floats] = {}
+        activations: dict[ReadAt, Floats] = {}
         places = self.plan.places[run.bucket]
-        for site, read in places.items():
-            first, rows = self.plan.columns[run.bucket, self.plan.sites.index(site)], len(read)
-            before[site] = values[:, first : first + rows]
-            after[site] = values[:, first + rows : first + 2 * rows]
+        for (site, after), read in places.items():
+            first = self.plan.columns[run.bucket, self.plan.sites.index(site), after]
+            activations[site, after] = values[:, first : first + len(read)]
         tops: Tops = {}
         for key in whole_reads(run.program):
             largest = self.plan.largest[key]
             first, k = largest.first, largest.k
             tops[key] = values[:, first : first + k] - 1, values[:, first + k : first + 2 * k]
-        return read_rows(run.program, len(values), before, after, tops, places)
+        return read_rows(run.program, len(values), activations, tops, places)
 
 
-def _stops(run: ReadRun, positions: NDArray[np.int64], rows: Floats) -> bool:
-    """Whether a trigger ends the request on one of these tokens."""
+def _stops(run: ReadRun, rows: Floats) -> bool:
+    """Whether a trigger ends the request on one of these tokens ``[n, 2 + W]``."""
     program = run.program
-    columns = layout(program)[1]
+    first, positions = _HEAD + layout(program)[1].start, rows[:, 0].astype(np.int64)
     for i, trigger in enumerate(program.triggers):
         held = program.selectors[trigger.selector].by_position(positions, run.prompt_length)
-        if trigger.stop and bool((held & (rows[:, columns.start + i] > trigger.above)).any()):
+        if trigger.stop and bool((held & (rows[:, first + i] > trigger.above)).any()):
             return True
     return False
 

@@ -156,7 +156,7 @@ def _wide_idle(original: Any) -> Any:
 
 
 def _next_token(original: Any) -> Any:
-    return lambda gathers, wanted, *args: original(gathers, wanted.roll(1), *args)
+    return lambda gathers, step, *args: original(gathers, replace(step, wanted=step.wanted.roll(1)), *args)
 
 
 def _off_by_one(original: Any) -> Any:

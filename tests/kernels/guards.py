@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 BAND = 64  # elements before and after
-POISON = {torch.uint8: 251, torch.int32: -(2**31) + 7, torch.int64: -(2**62) + 7}
+POISON = {torch.uint8: 251, torch.int32: -(2**31) + 7, torch.int64: -(2**62) + 7, torch.bool: True}
 
 
 def poison(t: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from sae_steer.device_step import DeviceStep
+from sae_steer.device_step import BatchRows, DeviceStep
 from sae_steer.program import Phase, Program, Row, Selector, SiteProgram
 from sae_steer.report import Run, applied_block
 from sae_steer.runs import RunTable, Sums, columns
@@ -212,8 +212,9 @@ class Sides:
             for b in range(len(BUCKETS))
         ]
         count = self.rows = int(ends[-1]) + batch.tokens_beyond
+        batch = [BatchRows.of(own, CPU) for own in rows]
         self.step.fill(
-            rows, torch.tensor(starts, dtype=torch.int32), torch.tensor(positions), torch.tensor(ids).int(), count
+            batch, torch.tensor(starts, dtype=torch.int32), torch.tensor(positions), torch.tensor(ids).int(), count
         )
 
     def edit(self, number: int, chunks: list[tuple[int, Live, int, int]], touched: np.ndarray) -> None:

@@ -9,16 +9,20 @@ from hypothesis import Phase as Stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_steer.device_step import DeviceStep
+from sae_steer.device_step import BatchRows, DeviceStep
 from sae_steer.program import Phase, Program, Row, Selector, SiteProgram
 from sae_steer.runs import RunTable
+from sae_steer_kernels import LAY_OUT
+from tests.kernels.properties.providers import provider
 from tests.sae_steer.device_host import BUCKETS, CPU, SITES, VOCABULARY, Asked, Batch, Sides, batches, requests
 
 
-@settings(max_examples=100)
+@pytest.mark.parametrize("layout", ["torch", "numba"])
+@settings(max_examples=60)
 @given(requests=requests, steps=st.lists(batches, min_size=1, max_size=12))
-def test_the_device_says_what_the_host_says(requests: list[Asked], steps: list[Batch]) -> None:
-    sides = Sides()
+def test_the_device_says_what_the_host_says(layout: str, requests: list[Asked], steps: list[Batch]) -> None:
+    with provider(LAY_OUT, layout):
+        sides = Sides()
     for batch in steps:
         sides.play(requests, batch)
 
@@ -68,36 +72,39 @@ class KeepsSelectors(DeviceStep):
 
 
 class OffByOne(DeviceStep):
-    def fill(self, rows: Any, starts: Any, positions: Any, tokens: Any, count: int, *rest: Any, **more: Any) -> None:
-        super().fill(rows, starts, positions + 1, tokens, count, *rest, **more)
+    def fill(self, batch: Any, starts: Any, positions: Any, ids: Any, count: int, *rest: Any) -> None:
+        super().fill(batch, starts, positions + 1, ids, count, *rest)
 
 
 class OneTokenIsCompletion(DeviceStep):
     """Tells the phase from the size of a request's step."""
 
-    def fill(self, rows: Any, starts: Any, positions: Any, tokens: Any, count: int, *rest: Any, **more: Any) -> None:
+    def fill(self, batch: Any, starts: Any, positions: Any, ids: Any, count: int, *rest: Any) -> None:
         positions = positions.clone()
         for a, b in zip(starts.tolist(), starts.tolist()[1:], strict=False):
             if b - a == 1:
                 positions[a] += 10
-        super().fill(rows, starts, positions, tokens, count, *rest, **more)
+        super().fill(batch, starts, positions, ids, count, *rest)
 
 
 class BelievesTheHost(DeviceStep):
     """Takes the host's count for where the last request ends."""
 
-    def fill(self, rows: Any, starts: Any, positions: Any, tokens: Any, count: int, *rest: Any, **more: Any) -> None:
+    def fill(self, batch: Any, starts: Any, positions: Any, ids: Any, count: int, *rest: Any) -> None:
         starts = starts.clone()
-        starts[len(rows[0]) :] = count
-        super().fill(rows, starts, positions, tokens, count, *rest, **more)
+        starts[max((len(own.rows) - 1 for own in batch if own), default=0) :] = count
+        super().fill(batch, starts, positions, ids, count, *rest)
 
 
 class CountsPadding(DeviceStep):
     """Takes a padded row of the query starts for a request."""
 
-    def fill(self, rows: Any, starts: Any, positions: Any, tokens: Any, count: int, *rest: Any, **more: Any) -> None:
-        last = [np.concatenate([own, np.repeat(own[-1:], len(starts) - 1 - len(own))]) for own in rows]
-        super().fill(last, starts, positions, tokens, count, *rest, **more)
+    def fill(self, batch: Any, starts: Any, positions: Any, ids: Any, count: int, *rest: Any) -> None:
+        super().fill([own and self._padded(own, len(starts)) for own in batch], starts, positions, ids, count, *rest)
+
+    def _padded(self, own: BatchRows, size: int) -> BatchRows:
+        last, nobody = own.rows[-2:-1], own.rows[-1:]
+        return BatchRows(torch.cat([own.rows[:-1], last.expand(size - len(own.rows)), nobody]), own.own)
 
 
 class NeverClears(DeviceStep):
@@ -159,7 +166,7 @@ def fill(
     step: DeviceStep, rows: list[int], starts: list[int], positions: list[int], ids: list[int], count: int
 ) -> None:
     own = np.array(rows, dtype=np.int64)
-    step.fill([own, own * 0], torch.tensor(starts), torch.tensor(positions), torch.tensor(ids), count)
+    step.fill([BatchRows.of(own, CPU), None], torch.tensor(starts), torch.tensor(positions), torch.tensor(ids), count)
 
 
 def test_where_each_token_is() -> None:

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from sae_steer.capabilities import Capabilities
 from sae_steer.catalog import Catalog
 from sae_steer.program import Program
-from sae_steer.read_rows import Floats, needed_rows, read_rows, whole_reads
-from sae_steer.sites import Site
+from sae_steer.read_rows import Floats, ReadAt, needed_rows, read_rows, whole_reads
 from tests.sae_steer.helpers import FEATURES, Json, compile_doc, edit, make_catalog
 
 ANYTHING = Capabilities("toy", ())
@@ -45,29 +44,29 @@ def documents(draw: st.DrawFn) -> Json:
     }
 
 
-def numbers_for(program: Program, count: int, seed: int) -> tuple[dict[Site, Floats], dict[Site, Floats], Any]:
+def numbers_for(program: Program, count: int, seed: int) -> tuple[dict[ReadAt, Floats], Any]:
     """f, f' ``[n, K]`` of every site, and the largest of each dictionary that is asked; all of them differ."""
     random = np.random.default_rng(seed)
-    before = {part.site: random.random((count, len(part.rows))) + 1 for part in program.sites}
-    after = {part.site: random.random((count, len(part.rows))) + 2 for part in program.sites}
+    activations = {
+        (part.site, after): random.random((count, len(part.rows))) + 1 + after
+        for part in program.sites
+        for after in (False, True)
+    }
     tops = {}
     for key, (k, _) in whole_reads(program).items():
         ids = np.array([random.permutation(FEATURES)[:k] for _ in range(count)], dtype=np.float64)
         tops[key] = ids, -np.sort(-random.random((count, min(k, FEATURES))) - 1)
-    return before, after, tops
+    return activations, tops
 
 
-def compact(
-    program: Program, before: Mapping[Site, Floats], after: Mapping[Site, Floats], places: Mapping[Site, Sequence[int]]
-) -> tuple[dict[Site, Floats], dict[Site, Floats]]:
+def compact(activations: Mapping[ReadAt, Floats], places: Mapping[ReadAt, Sequence[int]]) -> dict[ReadAt, Floats]:
     """The columns of some rows alone; those of rows that the program does not have are another's."""
 
     def pick(values: Floats, rows: Sequence[int]) -> Floats:
         padded = np.concatenate([values, np.full((len(values), 40), np.nan)], axis=1)
         return np.asarray(padded[:, list(rows)])
 
-    names = [site for site in places if site in before]
-    return {s: pick(before[s], places[s]) for s in names}, {s: pick(after[s], places[s]) for s in names}
+    return {place: pick(activations[place], rows) for place, rows in places.items()}
 
 
 @settings(max_examples=80)
@@ -83,11 +82,10 @@ def test_the_rows_that_are_read_are_enough(
     """Beside rows that others in the same bucket read, which may be more than the program has."""
     program = compile_doc(document, catalog, capabilities=ANYTHING)
     assert program is not None
-    before, after, tops = numbers_for(program, count, seed)
-    places = {site: sorted({*rows, *others}) for site, rows in needed_rows(program).items()}
-    few = compact(program, before, after, places)
-    whole = read_rows(program, count, before, after, tops)
-    assert np.array_equal(read_rows(program, count, *few, tops, places), whole)
+    activations, tops = numbers_for(program, count, seed)
+    places = {place: sorted({*rows, *others}) for place, rows in needed_rows(program).items()}
+    whole = read_rows(program, count, activations, tops)
+    assert np.array_equal(read_rows(program, count, compact(activations, places), tops, places), whole)
 
 
 def asked(catalog: Catalog) -> Program:
@@ -104,34 +102,42 @@ def asked(catalog: Catalog) -> Program:
 def test_which_rows_are_needed(catalog: Catalog) -> None:
     """Those that are named, those of triggers, and after the edits those that may have left the largest."""
     program = asked(catalog)
+    rows_of = {part.site: part.rows for part in program.sites}
     named = {
-        part.site: {(part.rows[i].source, part.rows[i].feature) for i in needed_rows(program)[part.site]}
-        for part in program.sites
+        (site, after): {(rows_of[site][i].source, rows_of[site][i].feature) for i in rows}
+        for (site, after), rows in needed_rows(program).items()
     }
     source = {name: catalog.sae(name).sae.fingerprint for name in ("w1", "r1", "r0")}
     at = {name: catalog.sae(name).site for name in ("w1", "r0")}
     assert named == {
-        at["w1"]: {(source["w1"], 2), (source["w1"], 7), (source["w1"], 9), (source["r1"], 8)},
-        at["r0"]: {(source["r0"], 4), (source["r0"], 1)},
+        (at["w1"], True): {(source["w1"], 2), (source["w1"], 7), (source["w1"], 9)},
+        (at["w1"], False): {(source["r1"], 8)},
+        (at["r0"], False): {(source["r0"], 4), (source["r0"], 1)},
     }
 
 
-@pytest.mark.parametrize("without", [0, 1, 2, 3])
-def test_a_row_too_few_is_seen(catalog: Catalog, without: int) -> None:
+@pytest.mark.parametrize(("after", "without"), [(True, 0), (True, 1), (True, 2), (False, 0)])
+def test_a_row_too_few_is_seen(catalog: Catalog, after: bool, without: int) -> None:
     program = asked(catalog)
-    before, after, tops = numbers_for(program, 2, 0)
+    activations, tops = numbers_for(program, 2, 0)
     places = needed_rows(program)
-    site = catalog.sae("w1").site
-    del places[site][without]
+    del places[catalog.sae("w1").site, after][without]
     with pytest.raises(KeyError):
-        read_rows(program, 2, *compact(program, before, after, places), tops, places)
+        read_rows(program, 2, compact(activations, places), tops, places)
 
 
 def test_columns_in_another_order_are_seen(catalog: Catalog) -> None:
     program = asked(catalog)
-    before, after, tops = numbers_for(program, 2, 0)
+    activations, tops = numbers_for(program, 2, 0)
     places = needed_rows(program)
-    few = compact(program, before, after, places)
-    wrong = {site: rows[::-1] for site, rows in places.items()}
-    whole = read_rows(program, 2, before, after, tops)
-    assert not np.array_equal(read_rows(program, 2, *few, tops, wrong), whole)
+    wrong = {place: rows[::-1] for place, rows in places.items()}
+    whole = read_rows(program, 2, activations, tops)
+    assert not np.array_equal(read_rows(program, 2, compact(activations, places), tops, wrong), whole)
+
+
+def test_activations_of_the_other_side_of_the_edits_are_seen(catalog: Catalog) -> None:
+    program = asked(catalog)
+    activations, tops = numbers_for(program, 2, 0)
+    whole = read_rows(program, 2, activations, tops)
+    swapped = {(site, not after): values for (site, after), values in activations.items()}
+    assert not np.array_equal(read_rows(program, 2, swapped, tops), whole)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from sae_steer.errors import DoseExceeded, NonFinite
 from sae_steer.program import Phase, Program, Row, Selector, SiteProgram
 from sae_steer.runs import FAILED, TOUCHED, RunTable, Sums, columns
-from sae_steer_kernels import EditBuffers, Flag
+from sae_steer_kernels import LAY_OUT, BucketTokens, EditBuffers, Flag, StepTokens
 from tests.sae_steer.device_host import CPU, SITES, programs
 
 K = 3
@@ -24,6 +25,20 @@ PROGRAM = Program(
 
 def make_runs(capacity: int = 4, rows: int = K) -> RunTable:
     return RunTable(len(SITES), rows, CPU, capacity=capacity)
+
+
+def held_at(runs: RunTable, rows: Tensor, positions: Tensor) -> list[int]:
+    """The selectors that hold by position alone, of tokens ``[T]`` at some positions of some rows."""
+    count = len(rows)
+    request, absolute, known, counted = torch.zeros(4, count, dtype=torch.int64)
+    bits, slots = torch.zeros(2, count, dtype=torch.int32)
+    ids = torch.zeros(count, dtype=torch.int64)
+    any_token = torch.full((int(runs.slot.max()) + 1, 1), -1, dtype=torch.int32)
+    step = StepTokens(torch.arange(count + 1), positions, ids, 1, request, absolute, known, bits, None)
+    rows = torch.cat([rows, torch.zeros(1, dtype=torch.int64)])
+    tables = (runs.slot, runs.seen, runs.starts, runs.masks, runs.reads)
+    LAY_OUT.implementation(CPU)(step, [BucketTokens(rows, *tables, any_token, slots, counted)])
+    return bits.tolist()
 
 
 # ------------------------------------------------------------------------------------------- where
@@ -39,9 +54,8 @@ def test_the_positions_of_every_selector(asked: list[tuple[Program, int]], where
     added = [runs.add(program, 1, prompt) for program, prompt in asked]
     number = [i % len(asked) for i, _ in where]
     positions = np.array([position for _, position in where])
-    held = runs.held(torch.tensor([added[i] for i in number]), torch.from_numpy(positions))
-    assert held.dtype == torch.int32
-    for i, position, mask in zip(number, positions, held.tolist(), strict=True):
+    held = held_at(runs, torch.tensor([added[i] for i in number]), torch.from_numpy(positions))
+    for i, position, mask in zip(number, positions, held, strict=True):
         program, prompt = asked[i]
         by_position = [s.by_position(np.array([position]), prompt)[0] for s in program.selectors]
         assert mask == sum(1 << j for j, holds in enumerate(by_position) if holds)
@@ -50,7 +64,7 @@ def test_the_positions_of_every_selector(asked: list[tuple[Program, int]], where
 def test_row_0_holds_nowhere() -> None:
     runs = make_runs()
     runs.add(PROGRAM, 1, 3)
-    assert runs.held(torch.zeros(3, dtype=torch.int64), torch.tensor([0, 5, 10**6])).tolist() == [0, 0, 0]
+    assert held_at(runs, torch.zeros(3, dtype=torch.int64), torch.tensor([0, 5, 10**6])) == [0, 0, 0]
 
 
 def test_a_run_of_many_pieces_widens_the_table_for_all() -> None:
@@ -59,8 +73,8 @@ def test_a_run_of_many_pieces_widens_the_table_for_all() -> None:
     ranges = tuple((4 * i, 4 * i + 2) for i in range(64))
     many = runs.add(Program(PROGRAM.sites, (Selector(Phase.RANGES, ranges), Selector(Phase.ALL))), 2, 3)
     positions = torch.arange(256)
-    assert (runs.held(torch.full((256,), many), positions) & 1).tolist() == [1, 1, 0, 0] * 64
-    assert runs.held(torch.full((4,), plain), positions[:4]).tolist() == [1, 1, 3, 3]
+    assert [mask & 1 for mask in held_at(runs, torch.full((256,), many), positions)] == [1, 1, 0, 0] * 64
+    assert held_at(runs, torch.full((4,), plain), positions[:4]) == [1, 1, 3, 3]
 
 
 # ------------------------------------------------------------------------------------------- rows
@@ -87,11 +101,8 @@ def test_growing_keeps_what_is_there() -> None:
     others = [runs.add(PROGRAM, 8, 5) for _ in range(40)]
     assert runs.sums[first].tolist() == list(range(runs.sums.shape[1]))
     assert (int(runs.slot[first]), int(runs.seen[first]), float(runs.fails[first])) == (7, 41, 1.0)
-    assert runs.held(torch.tensor([first, first, *others]), torch.tensor([1, 2, *[3] * 40])).tolist() == [
-        1,
-        3,
-        *[1] * 40,
-    ]
+    rows, positions = torch.tensor([first, first, *others]), torch.tensor([1, 2, *[3] * 40])
+    assert held_at(runs, rows, positions) == [1, 3, *[1] * 40]
 
 
 def test_a_row_that_was_given_back_holds_nothing_of_the_last_run() -> None:
@@ -104,7 +115,7 @@ def test_a_row_that_was_given_back_holds_nothing_of_the_last_run() -> None:
     assert runs.add(short, 2, 3) == row
     assert not runs.sums[row].any()
     assert (int(runs.slot[row]), int(runs.seen[row]), float(runs.fails[row])) == (2, -1, 0.0)
-    assert runs.held(torch.tensor([row, row]), torch.tensor([0, 9])).tolist() == [1, 1]
+    assert held_at(runs, torch.tensor([row, row]), torch.tensor([0, 9])) == [1, 1]
 
 
 # ------------------------------------------------------------------------------------------- sums

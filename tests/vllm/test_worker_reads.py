@@ -155,14 +155,16 @@ def test_no_more_rows_are_gathered_than_somebody_reads(catalog: Catalog) -> None
     plan = ReadPlan.make(runs, sites, features, len(runs), torch.device("cpu"))
     assert plan is not None
     at = sites.index(catalog.sae("r1").site)
-    assert plan.gathers[0, at].tolist() == [0, 1], "of 'named' both, of 'largest' its one"
-    # 'after' edits two of r1, which it does not read after the edits, and reads one of them and another before.
+    assert plan.gathers[0, at, False].tolist() == [0, 1], "of 'named' both, of 'largest' its one"
+    assert (0, at, True) not in plan.gathers
+    # 'after' edits two of r1 and reads one of them, and another, before the edits; of w1 it needs what it edits, after.
     rows = next(part.rows for part in programs["after"].sites if part.site == catalog.sae("r1").site)
-    r1 = catalog.sae("r1").sae.fingerprint
-    unread = next(i for i, row in enumerate(rows) if (row.source, row.feature) == (r1, 3))
     alone = ReadPlan.make(runs[3:], sites, features, 4, torch.device("cpu"))
     assert alone is not None
-    assert alone.gathers[1, at].tolist() == [i for i in range(len(rows)) if i != unread]
+    wanted = {False: ("r1", {4, 7}), True: ("w1", {1, 5})}
+    for after, (name, numbers) in wanted.items():
+        own = [(rows[i].source, rows[i].feature) for i in alone.gathers[1, at, after].tolist()]
+        assert sorted(own) == sorted((catalog.sae(name).sae.fingerprint, n) for n in numbers)
 
 
 def test_the_memory_is_there_from_the_start(catalog: Catalog) -> None:

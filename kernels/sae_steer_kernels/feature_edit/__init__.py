@@ -17,7 +17,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -274,6 +274,42 @@ def feature_edit(
     )  # fmt: skip
 
 
+class SmallEdits(Protocol):
+    """:func:`feature_edit` by one table for steps of few tokens, with what stays looked up before."""
+
+    def takes(self, y: Tensor) -> bool:
+        """Whether a step's edits can be done so."""
+        ...
+
+    def __call__(
+        self, y: Tensor, read: Tensor | None, residual: Tensor | None, base: Tensor | None, rank: Tensor | None
+    ) -> None:
+        """Edits ``y [T, D_out]`` in place; the others as in :func:`feature_edit`, of T rows at least."""
+        ...
+
+
+def small_edits(table: EditTable, slots: Tensor, bits: Tensor, buffers: EditBuffers) -> SmallEdits | None:
+    """Looks up what a table's small edits need, for as long as these tensors stay where they are.
+
+    Args:
+        table: The site's static tables.
+        slots: ``[>= T]`` int32, as in :func:`feature_edit`.
+        bits: ``[>= T]`` int32.
+        buffers: What is reported, T rows at least.
+
+    Returns:
+        None where the device's implementation has no such way, or not for the table's dtype.
+    """
+    if FEATURE_EDIT.provider(slots.device) != "numba" or table.dec.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    enc, dec, *scalars = table.tensors
+    edits: SmallEdits = lazily(_NUMBA, "FewEdits")(
+        slots, bits, enc, dec, scalars, (buffers.before, buffers.after, buffers.dose, buffers.flags)
+    )
+    return edits
+
+
+_NUMBA = "sae_steer_kernels.feature_edit.numba_impl"
 _TRITON = "sae_steer_kernels.feature_edit.triton_impl"
 
 
@@ -291,7 +327,7 @@ FEATURE_EDIT = Op(
     reference=feature_edit_reference,
     implementations={
         "torch": edit_by_torch,
-        "numba": lazily("sae_steer_kernels.feature_edit.numba_impl", "feature_edit_numba"),
+        "numba": lazily(_NUMBA, "feature_edit_numba"),
         "triton": lazily(_TRITON, "feature_edit_triton"),
     },
     # Numba comes with vLLM; without it a CPU's small steps cost a few times as much.

@@ -5,6 +5,7 @@ when the model in between has emptied the caches. Steps of many tokens stay with
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numba
@@ -14,6 +15,8 @@ from numba import float32, float64, int32, uint16, void
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sae_steer_kernels._op import NAMESPACE
+from sae_steer_kernels._regions import traced
 from sae_steer_kernels.feature_edit.layout import (
     LAYER_NORM_EPS,
     Act,
@@ -256,6 +259,57 @@ def _array(values: Tensor | None) -> NDArray[np.float32]:
     return _ABSENT if values is None else values.float().contiguous().numpy()
 
 
+class FewEdits:
+    """The edits of one table in steps of few tokens, with all that is the same in each of them looked up before.
+
+    In the middle of a model, whose weights have gone through the caches, the way to a small edit takes several times
+    as long as the edit.
+
+    Args:
+        slots: ``[>= T]`` int32, read anew in each step, as are the others.
+        bits: ``[>= T]`` int32.
+        enc: Of the table, as its other parts.
+        dec: Of the table.
+        scalars: Of the table: ``row_float``, ``row_int``, ``slot_float``, ``slot_int`` and ``gain``.
+        outputs: ``before``, ``after``, ``dose`` and ``flags``, ``[>= T, ...]``.
+
+    Raises:
+        KeyError: The table's dtype cannot be edited here.
+    """
+
+    def __init__(
+        self,
+        slots: Tensor,
+        bits: Tensor,
+        enc: Tensor,
+        dec: Tensor,
+        scalars: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+    ) -> None:
+        self._dtype = dec.dtype
+        self._overflows = _OVERFLOWS[dec.dtype]
+        narrow = dec.dtype == torch.bfloat16
+        decoders = (_ABSENT_ROWS, dec.view(torch.uint16).numpy()) if narrow else (dec.numpy(), _ABSENT_NARROW)
+        self._fixed = [t.numpy() for t in (slots, bits, enc)]
+        self._fixed += [*decoders, *(t.numpy() for t in (*scalars, *outputs))]
+
+    def takes(self, y: Tensor) -> bool:
+        """Whether a step's edits can be done here."""
+        return y.shape[0] <= FEW and y.dtype == self._dtype
+
+    def edit(
+        self, y: Tensor, read: Tensor | None, residual: Tensor | None, base: Tensor | None, rank: Tensor | None
+    ) -> None:
+        """Edits ``y [T, D_out]`` in place; arguments as in :func:`sae_steer_kernels.feature_edit.feature_edit`."""
+        work = y if y.dtype == torch.float32 and y.is_contiguous() else y.float().contiguous()
+        given = (_array(read), _array(residual), _array(base), _ABSENT_INT if rank is None else rank.numpy())
+        _edit(work.numpy(), *self._fixed, *given, self._overflows)
+        if work is not y:
+            y.copy_(work)
+
+    __call__ = traced(f"{NAMESPACE}::feature_edit")(edit)
+
+
 def feature_edit_numba(
     y: Tensor,
     slots: Tensor,
@@ -284,20 +338,9 @@ def feature_edit_numba(
 
     Tokens are edited one by one here, so that it is invariant of the batch as it is.
     """
-    tables = (row_float, row_int, slot_float, slot_int, gain)
-    outputs = (before, after, dose, flags)
-    many = y.shape[0] > FEW and not batch_invariant
-    if many or y.dtype not in _OVERFLOWS or dec.dtype != y.dtype:
-        call = (y, slots, bits, enc, dec, *tables, *outputs, read, residual, base, rank)
-        edit_by_torch(*call, scratch, order, tiles, batch_invariant)
+    scalars, outputs = (row_float, row_int, slot_float, slot_int, gain), (before, after, dose, flags)
+    if dec.dtype in _OVERFLOWS and (batch_invariant or y.shape[0] <= FEW) and y.dtype == dec.dtype:
+        FewEdits(slots, bits, enc, dec, scalars, outputs).edit(y, read, residual, base, rank)
         return
-    wide = y.dtype == torch.float32
-    work = y.float().contiguous()
-    decoders = (dec.numpy(), _ABSENT_NARROW) if wide else (_ABSENT_ROWS, dec.view(torch.uint16).numpy())
-    arguments: list[Any] = [t.numpy() for t in (work, slots, bits, enc)]
-    arguments += [*decoders, *(t.numpy() for t in (*tables, *outputs))]
-    arguments += [_array(read), _array(residual), _array(base), _ABSENT_INT if rank is None else rank.numpy()]
-    arguments.append(_OVERFLOWS[y.dtype])
-    _edit(*arguments)
-    if work.data_ptr() != y.data_ptr():
-        y.copy_(work)
+    call = (y, slots, bits, enc, dec, *scalars, *outputs, read, residual, base, rank)
+    edit_by_torch(*call, scratch, order, tiles, batch_invariant)
