@@ -92,6 +92,7 @@ class DeviceStep:
             for site in range(len(sites))
         ]
         self._edited: tuple[list[int], ...] = tuple([] for _ in buckets)
+        self._reported: list[int] = []  # sites that have reported what is to be read at the end of the step
         # On which selectors each row of a slot holds, at each site.
         self._selects = tuple(
             torch.zeros(len(sites), bucket.slots + 1, bucket.rows, dtype=torch.int32, device=device)
@@ -181,7 +182,10 @@ class DeviceStep:
     def edited(self, site: int, buckets: Iterable[int], rows: int) -> None:
         """Counts, now or at the end of the step, what a site's edit has reported; ``rows`` as in :meth:`reports`."""
         if self.reads is not None:
-            self.reads.gather(site, self.reports(site, rows))
+            if rows <= self.few:
+                self._reported.append(site)
+            else:
+                self.reads.gather(site, self._many)
         for bucket in buckets:
             if not self._batch[bucket].edits:
                 continue
@@ -225,11 +229,15 @@ class DeviceStep:
         if not t:
             return None
         self._count_few()
+        if self.reads is not None:
+            for site in self._reported:
+                self.reads.gather(site, self._few_of[site])
         found = self._touched if self._touched is not None else self._untouched[:t]
         if touched is not None:
             found = found | touched.to(self.device)
         for number, own in self._batch.items():
-            self.runs[number].finish(self._rows[number][:t], self._positions[:t], found if own.edits else None)
+            if own.edits:
+                self.runs[number].count_touched(self._rows[number][:t], found)
         return found
 
     def clear(self) -> None:
@@ -241,6 +249,7 @@ class DeviceStep:
                 if self.groups:
                     self.groups[number].tiles.zero_()
             self._touched = None
+            self._reported.clear()
             for edited in self._edited:  # a pass that failed half-way is not counted with the next one
                 edited.clear()
         self.tokens, self.reads = 0, None

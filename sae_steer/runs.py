@@ -194,17 +194,14 @@ class RunTable:
         self.sums.view(-1).scatter_reduce_(0, largest.view(-1), told.view(-1), "amax")
         return marks[..., 0].any(dim=0)
 
-    def finish(self, row: Tensor, positions: Tensor, touched: Tensor | None) -> None:
-        """Ends a step: counts the touched tokens, and remembers how far each request has come.
+    def count_touched(self, row: Tensor, touched: Tensor) -> None:
+        """Ends a step: counts the touched tokens.
 
         Args:
             row: ``[T]`` int64, the row of each token that counts; 0 for others.
-            positions: ``[T]`` int64 absolute positions.
-            touched: ``[T]`` bool, at any site; None = no request edits.
+            touched: ``[T]`` bool, at any site.
         """
-        if touched is not None:
-            self.sums[:, TOUCHED].index_add_(0, row, touched.double())
-        self.seen.scatter_reduce_(0, row, positions, "amax")
+        self.sums[:, TOUCHED].index_add_(0, row, touched.double())
 
     def judge(self, rows: Tensor) -> None:
         """Marks, of some rows ``[N]``, those whose request must end with an error."""

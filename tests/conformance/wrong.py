@@ -15,7 +15,7 @@ from sae_steer.program import Program, Row
 from sae_steer.readings import Reader
 from sae_steer.runs import RunTable
 from sae_steer.slots import Slot, SlotPool
-from sae_steer_vllm import frontend, worker, worker_reads
+from sae_steer_vllm import frontend, worker
 from sae_steer_vllm.gate import Gate
 from sae_steer_vllm.outbox import Outbox
 from sae_steer_vllm.worker import Editor, Worker
@@ -89,11 +89,19 @@ def _residual_alone(original: Any) -> Any:
 def _one_token_is_completion(original: Any) -> Any:
     """The phase is told by how many tokens of a request are in the step."""
 
-    def held(self: RunTable, row: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        alone = torch.bincount(row, minlength=self.slot.shape[0])[row] == 1
-        return original(self, row, torch.where(alone, _FAR, torch.minimum(positions, self.starts[row, 1] - 1)))
+    def fill(self: DeviceStep, batch: Any, starts: Any, *more: Any) -> None:
+        right = [run.starts for run in self.runs]
+        for own, run in zip(batch, self.runs, strict=True):
+            run.starts = run.starts.clone()
+            for number, row in enumerate(own.rows[:-1].tolist() if own is not None else ()):
+                if row:
+                    later = run.starts[row, 1:]
+                    later[later < _FAR] = 0 if starts[number + 1] - starts[number] == 1 else _FAR
+        original(self, batch, starts, *more)
+        for run, kept in zip(self.runs, right, strict=True):
+            run.starts = kept
 
-    return held
+    return fill
 
 
 def _completion_from_p(original: Any) -> Any:
@@ -101,10 +109,11 @@ def _completion_from_p(original: Any) -> Any:
 
 
 def _positions_from_the_step(original: Any) -> Any:
-    def fill(self: DeviceStep, rows: Any, starts: Any, positions: Any, tokens: Any, count: int, *more: Any) -> None:
+    def fill(self: DeviceStep, batch: Any, starts: Any, positions: Any, ids: Any, count: int, *more: Any) -> None:
+        requests = max((len(own.rows) - 1 for own in batch if own is not None), default=0)
         place = torch.arange(count)
-        request = torch.searchsorted(starts[1 : rows[0].size + 1].long().contiguous(), place, right=True)
-        original(self, rows, starts, place - starts[request], tokens, count, *more)
+        request = torch.searchsorted(starts[1 : requests + 1].long().contiguous(), place, right=True)
+        original(self, batch, starts, place - starts[request], ids, count, *more)
 
     return fill
 
@@ -143,12 +152,25 @@ def _no_waiting(original: Any) -> Any:
 
 
 def _counted_again(original: Any) -> Any:
-    def finish(self: RunTable, *args: Any) -> None:
-        seen = self.seen.clone()
+    def fill(self: DeviceStep, *args: Any) -> None:
+        for run in self.runs:
+            run.seen.fill_(-1)
         original(self, *args)
-        self.seen = seen
 
-    return finish
+    return fill
+
+
+def _gathered(after: bool) -> Callable[[Any], Any]:
+    """Everything is read after the edits, or everything before."""
+
+    def wrong(original: Any) -> Any:
+        def gather(self: DeviceReads, site: int, reports: Any) -> None:
+            one = [replace(r, before=r.after) if after else replace(r, after=r.before) for r in reports]
+            original(self, site, one)
+
+        return gather
+
+    return wrong
 
 
 def _wide_idle(original: Any) -> Any:
@@ -197,7 +219,7 @@ VARIANTS: dict[str, Patch] = {
     "dose never fails": (frontend, "compile_program", _scales),
     "wide slots idle": (Editor, "arm", _wide_idle),
     # Where it holds.
-    "one token means completion": (RunTable, "held", _one_token_is_completion),
+    "one token means completion": (DeviceStep, "fill", _one_token_is_completion),
     "completion from P": (RunTable, "add", _completion_from_p),
     "positions from the step's start": (DeviceStep, "fill", _positions_from_the_step),
     "ranges closed": _programs(_closed),
@@ -209,18 +231,10 @@ VARIANTS: dict[str, Patch] = {
     "first choice alone": (Worker, "meet", _first_choice),
     "slot freed by the first who leaves": (SlotPool, "release", _freed_early),
     "no waiting": (Gate, "enter", _no_waiting),
-    "counted again after a preemption": (RunTable, "finish", _counted_again),
+    "counted again after a preemption": (DeviceStep, "fill", _counted_again),
     # What is read.
-    "f' read for f": (
-        worker_reads,
-        "read_rows",
-        lambda original: lambda p, n, f, g, *rest: original(p, n, g, g, *rest),
-    ),
-    "f read for f'": (
-        worker_reads,
-        "read_rows",
-        lambda original: lambda p, n, f, g, *rest: original(p, n, f, f, *rest),
-    ),
+    "f' read for f": (DeviceReads, "gather", _gathered(after=True)),
+    "f read for f'": (DeviceReads, "gather", _gathered(after=False)),
     "positions of what is read off by one": (Reader, "take", _off_by_one),
     "read of the next token": (DeviceReads, "of", _next_token),
     "readings of the last step alone": (Outbox, "put", _last_step),

@@ -67,7 +67,20 @@ def nobody_s_is_the_last_one_s(tokens: StepTokens, buckets: list[BucketTokens]) 
     LAY_OUT.reference(replace(tokens, starts=starts), buckets)
 
 
-WRONG = [counts_again, of_any_token, reads_what_is_edited, of_the_last_bucket, a_piece_late, nobody_s_is_the_last_one_s]
+def remembers_nothing(tokens: StepTokens, buckets: list[BucketTokens]) -> None:
+    """Does not say how far the requests have come."""
+    LAY_OUT.reference(tokens, [replace(bucket, seen=bucket.seen.clone()) for bucket in buckets])
+
+
+WRONG = [
+    remembers_nothing,
+    counts_again,
+    of_any_token,
+    reads_what_is_edited,
+    of_the_last_bucket,
+    a_piece_late,
+    nobody_s_is_the_last_one_s,
+]
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)

@@ -30,21 +30,6 @@ def test_the_device_says_what_the_host_says(layout: str, requests: list[Asked], 
 # ------------------------------------------------------------------------------------------- wrong variants
 
 
-class CountsTwice(RunTable):
-    """Forgets how far each request has come, and counts again what is computed again."""
-
-    def finish(self, row: torch.Tensor, positions: torch.Tensor, touched: torch.Tensor | None) -> None:
-        super().finish(row, positions, touched)
-        self.seen.fill_(-1)
-
-
-class ForgetsNewest(RunTable):
-    """Takes the position of the last token for one that was seen already."""
-
-    def finish(self, row: torch.Tensor, positions: torch.Tensor, touched: torch.Tensor | None) -> None:
-        super().finish(row, positions + 1, touched)
-
-
 class LosesSums(RunTable):
     """Grows without what the smaller table held."""
 
@@ -69,6 +54,24 @@ class KeepsSelectors(DeviceStep):
     def load(self, bucket: int, slot: int, program: Program) -> None:
         if bool((self._by_token[bucket][slot] == -1).all()):
             super().load(bucket, slot, program)
+
+
+class CountsTwice(DeviceStep):
+    """Forgets how far each request has come, and counts again what is computed again."""
+
+    def fill(self, *args: Any) -> None:
+        for run in self.runs:
+            run.seen.fill_(-1)
+        super().fill(*args)
+
+
+class ForgetsNewest(DeviceStep):
+    """Takes the position of the last token for one that was seen already."""
+
+    def fill(self, *args: Any) -> None:
+        super().fill(*args)
+        for run in self.runs:
+            run.seen += run.seen >= 0
 
 
 class OffByOne(DeviceStep):
@@ -129,8 +132,17 @@ class CountsTheLast(DeviceStep):
         return super().reports(0, rows)
 
 
-WRONG_RUNS = [CountsTwice, ForgetsNewest, LosesSums, KeepsSums]
-WRONG_STEPS = [KeepsSelectors, OffByOne, OneTokenIsCompletion, BelievesTheHost, CountsPadding, NeverClears]
+WRONG_RUNS = [LosesSums, KeepsSums]
+WRONG_STEPS = [
+    CountsTwice,
+    ForgetsNewest,
+    KeepsSelectors,
+    OffByOne,
+    OneTokenIsCompletion,
+    BelievesTheHost,
+    CountsPadding,
+    NeverClears,
+]
 WRONG_STEPS += [CountsEverySite, CountsTheLast]
 
 
@@ -241,4 +253,4 @@ def test_tokens_that_another_stage_touched() -> None:
     assert told is not None
     assert told.tolist() == [False, True, False, True]
     assert step.runs[0].sums[row, 0] == 2
-    assert step.runs[0].seen[row] == 2
+    assert step.runs[0].seen[row] == 2  # since it was laid out

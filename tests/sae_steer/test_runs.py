@@ -156,7 +156,7 @@ def test_sums_by_hand() -> None:
     runs = make_runs()
     row = runs.add(PROGRAM, 1, 3)
     touched = count(runs, [row, row, row], [1, 3, 3])
-    runs.finish(torch.full((3,), row), torch.tensor([4, 5, 6]), touched)
+    runs.count_touched(torch.full((3,), row), touched)
     idle, tally = sums_of(runs, row).tallies()
     assert idle.tokens == 0
     assert idle.part == PROGRAM.sites[0]
@@ -165,7 +165,6 @@ def test_sums_by_hand() -> None:
     assert (tally.before.tolist(), tally.after.tolist()) == ([6.0, 0.0, 1.0], [1.0, 0.0, 2.0])
     assert (tally.dose_sum, tally.dose_max) == (1.0, 0.75)  # a token of length zero has no dose to tell
     assert sums_of(runs, row).touched == 3
-    assert runs.seen[row] == 6
 
 
 def test_what_does_not_count_is_added_to_nobody() -> None:
@@ -173,12 +172,10 @@ def test_what_does_not_count_is_added_to_nobody() -> None:
     row, other = runs.add(PROGRAM, 1, 3), runs.add(PROGRAM, 1, 3)
     touched = count(runs, [0, row, 0], [3, 3, 3])
     assert touched.tolist() == [True, True, True]  # it was edited all the same
-    runs.finish(torch.tensor([0, row, 0]), torch.tensor([4, 5, 6]), touched)
+    runs.count_touched(torch.tensor([0, row, 0]), touched)
     assert sums_of(runs, row).tallies()[1].tokens == 1
     assert sums_of(runs, row).touched == 1
-    assert runs.seen[row] == 5
     assert not runs.sums[other].any()
-    assert runs.seen[other] == -1
 
 
 FINE, OVER, BROKEN = int(Flag.TOUCHED), int(Flag.TOUCHED | Flag.OVER_DOSE), int(Flag.TOUCHED | Flag.NON_FINITE)

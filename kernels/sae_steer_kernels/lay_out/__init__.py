@@ -50,7 +50,7 @@ class BucketTokens:
     Args:
         rows: ``[R + 1]`` int64: the row of each request of the batch, 0 where it is not of this bucket; at last a 0.
         slot: ``[N]`` int32 slot of each row.
-        seen: ``[N]`` int64 the last position that was computed before.
+        seen: ``[N]`` int64 the last position that was computed before; with this step, when it is laid out.
         starts: ``[N, P]`` int64 rising: from which position on each mask holds, the first from 0.
         masks: ``[N, P]`` int32 selectors.
         reads: ``[N]`` int32 selectors on whose tokens something is read.

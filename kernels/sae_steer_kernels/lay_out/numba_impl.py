@@ -58,6 +58,9 @@ def _lay_out(
         bits[t] |= held
         if wanted.size and first and held & reads[row] != 0:
             wanted[t] = True
+    for t in range(positions.size):
+        if counted[t] != 0:
+            seen[counted[t]] = max(seen[counted[t]], positions[t])
 
 
 def lay_out_numba(tokens: StepTokens, buckets: Sequence[BucketTokens]) -> None:

@@ -32,3 +32,7 @@ def lay_out_reference(tokens: StepTokens, buckets: Sequence[BucketTokens]) -> No
         tokens.bits[t] = bits
         if tokens.wanted is not None:
             tokens.wanted[t] = wanted
+    for bucket in buckets:
+        for row, position in zip(bucket.counted.tolist(), tokens.absolute.tolist(), strict=True):
+            if row:
+                bucket.seen[row] = max(int(bucket.seen[row]), position)

@@ -29,13 +29,15 @@ def lay_out_torch(tokens: StepTokens, buckets: Sequence[BucketTokens]) -> None:
         # A token that is computed again, after a preemption, counts once.
         first = positions > bucket.seen[row]
         torch.mul(row, holds & first, out=bucket.counted)
+        read = ((held & bucket.reads[row]) != 0) & first
+        # Row 0, of which nobody asks, takes what does not count.
+        bucket.seen.scatter_reduce_(0, bucket.counted, positions, "amax")
         if number == 0:
             tokens.bits.copy_(held)
         else:
             tokens.bits.bitwise_or_(held)
         if tokens.wanted is None:
             continue
-        read = ((held & bucket.reads[row]) != 0) & first
         if number == 0:
             tokens.wanted.copy_(read)
         else:
