@@ -103,8 +103,8 @@ format: venv
 bench: venv
 	rm -rf build/random build/bench-vllm build/bench-demo
 	$(BIN)/python benchmarks/attach_idle.py
-	$(BIN)/python benchmarks/vllm_decode.py --minutes 2
-	$(BIN)/python benchmarks/readings.py --minutes 3
+	$(BIN)/python benchmarks/vllm_decode.py --minutes 4
+	$(BIN)/python benchmarks/readings.py --minutes 4
 	$(BIN)/python benchmarks/random_model.py build/random
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/sae-steer bench serve --launch "$$(cat build/random/launch.txt)" --generator openai \
 	  --quick --prompt-tokens 8 --output-tokens 24 --minutes 1.5 --out build/bench-vllm

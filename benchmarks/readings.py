@@ -1,10 +1,11 @@
 """What it costs to have features read of every completion token: named ones, and the largest of a wide dictionary.
 
-Plain vLLM and vLLM with the plugin live at once, each in a process of its own on the same model; the second generates
-without readings, with named features read, and with the largest of 16,384 read. In each round every case generates
-once, in a new order. A case's ratio is to the plugin's own engine without readings in the same round, and that one's to
-plain vLLM. Beside it stands what no reading of a whole dictionary can do without: the product of the batch's rows with
-the encoder, timed by itself with encoders in turn that no cache holds together, as a share of the decode step.
+Plain vLLM and vLLM with the plugin live at once, each in a process of its own on the same model; both are started some
+times, and each start has its share of the rounds. The second generates without readings, with named features read, and
+with the largest of 16,384 read. In each round every case generates once, in a new order. A case's ratio is to the
+plugin's own engine without readings in the same round, and that one's to plain vLLM. Beside it stands what no reading
+of a whole dictionary can do without: the product of the batch's rows with the encoder, timed by itself with encoders in
+turn that no cache holds together, by torch and by the plugin's own loop. The share that counts is that of the fastest.
 
     python benchmarks/readings.py --out benchmarks/results/readings.json
 """
@@ -12,18 +13,20 @@ the encoder, timed by itself with encoders in turn that no cache holds together,
 import json
 import tempfile
 import time
+from collections.abc import Callable
+from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from random_model import HOOKED, WIDE, WIDTH, write
-from recording import add_engine_options, in_turns, parser_of
+from recording import add_engine_options, in_starts, in_turns, parser_of
 from recording import write as write_result
-from tqdm import tqdm
 from vllm_engine import NAMED, TOP, Child, Timed, engine
 
 from sae_steer_bench.stats import paired_ratio
+from sae_steer_kernels.topk_readout.numba_impl import products
 
 TOKENS = 64
 COPIES = 8
@@ -39,24 +42,37 @@ CASES = {
     NAMES: ("plugin", "named"),
     LARGEST: ("plugin", "top"),
 }
-PRODUCT = "the product with the encoder"
 
 
 class EncoderProduct:
-    """The product of a decode step's rows with an encoder, its weights out of the cache."""
+    """The product of a decode step's rows with an encoder, its weights out of the cache.
 
-    def __init__(self, rows: int, width: int) -> None:
+    Args:
+        rows: Of the step.
+        width: Of the model.
+        multiply: Takes an encoder ``[F, D]`` and rows ``[T, D]``.
+    """
+
+    def __init__(self, rows: int, width: int, multiply: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
         self._x = torch.randn(rows, width)
         self._encoders = [torch.randn(WIDE, width) for _ in range(COPIES)]
+        self._multiply = multiply
 
     def __call__(self) -> Timed:
         """The median time of one."""
         found = []
         for encoder in self._encoders:
             start = time.perf_counter()
-            torch.nn.functional.linear(self._x, encoder)
+            self._multiply(encoder, self._x)
             found.append(1e3 * (time.perf_counter() - start))
         return Timed(0.0, median(found), [])
+
+
+PRODUCTS: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
+    "torch, x @ enc.T": lambda encoder, x: torch.nn.functional.linear(x, encoder),
+    "torch, enc @ x.T": lambda encoder, x: encoder @ x.T,
+    "sae-steer": products,
+}
 
 
 def step_ms(timed: list[Timed]) -> list[float]:
@@ -92,33 +108,41 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         parameters = write(Path(folder))
         sizes = {"threads": options.threads, "sequences": options.sequences, "dtype": options.dtype}
-        engines: dict[str, Child] = {
-            kind: engine(kind, Path(folder), **sizes, wide=kind == "plugin", tokens=TOKENS)
-            for kind in tqdm(("plain", "plugin"), desc="starting engines")
-        }
-        for kind, what in CASES.values():
-            engines[kind].run(what)  # loads what is loaded once
-        calls = {name: lambda kind=kind, what=what: engines[kind].run(what) for name, (kind, what) in CASES.items()}
-        calls[PRODUCT] = EncoderProduct(options.sequences, WIDTH)
-        found = in_turns(calls, rounds=options.rounds, minutes=options.minutes)
-        vllm = engines["plain"].about["vllm"]
-        for child in engines.values():
-            child.close()
-    product = median(step_ms(found[PRODUCT]))
-    share = product / median(step_ms(found[IDLE]))
+        about: dict[str, Any] = {}
+
+        def measure() -> dict[str, list[Timed]]:
+            engines: dict[str, Child] = {
+                kind: engine(kind, Path(folder), **sizes, wide=kind == "plugin", tokens=TOKENS)
+                for kind in ("plain", "plugin")
+            }
+            about.update(engines["plain"].about)
+            for kind, what in CASES.values():
+                engines[kind].run(what)  # loads what is loaded once
+            calls = {name: lambda kind=kind, what=what: engines[kind].run(what) for name, (kind, what) in CASES.items()}
+            calls |= {name: EncoderProduct(options.sequences, WIDTH, multiply) for name, multiply in PRODUCTS.items()}
+            share = {"rounds": ceil(options.rounds / options.starts), "minutes": options.minutes / options.starts}
+            found = in_turns(calls, **share)
+            for child in engines.values():
+                child.close()
+            return found
+
+        found = in_starts(options.starts, measure)
+    taken = {name: median(step_ms(found[name])) for name in PRODUCTS}
+    share = min(taken.values()) / median(step_ms(found[IDLE]))
     rows = rows_of(found, {NAMES: BOUND, LARGEST: share + BOUND_TOP}, options.sequences * TOKENS)
     write_result(
         options.out,
         "readings of every completion token in vLLM, in rounds with the same engine without them",
         threads=options.threads,
-        versions={"vllm": vllm},
+        versions={"vllm": about["vllm"]},
         parameters=parameters,
         dtype=options.dtype,
         sequences=options.sequences,
         tokens=TOKENS,
         hooked_layers=list(HOOKED),
-        rounds=len(found[PRODUCT]),
-        encoder_product_ms_median=product,
+        starts=options.starts,
+        rounds=len(found[IDLE]),
+        encoder_products_ms_median=taken,
         encoder_product_share=share,
         cases=rows,
     )

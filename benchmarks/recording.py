@@ -36,6 +36,7 @@ def add_engine_options(parser: argparse.ArgumentParser, *, rounds: int, sequence
     parser.add_argument(
         "--minutes", type=float, default=60, help=f"the most minutes of rounds, once {LEAST_ROUNDS} are done"
     )
+    parser.add_argument("--starts", type=int, default=3, help="how often the engines are started, for a share of both")
     parser.add_argument("--sequences", type=int, default=sequences)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -68,6 +69,19 @@ def in_turns(
             found[name].append(calls[name]())
         if number >= 30 and number % 10 == 0 and enough(found):
             break
+    return found
+
+
+def in_starts(starts: int, measure: Callable[[], Mapping[K, list[V]]]) -> dict[K, list[V]]:
+    """What ``measure`` finds in some starts of its engines, one behind the other.
+
+    Two starts of one engine differ by a percent or two, depending on where its memory comes to lie: pairs of one start
+    alone would take that for what is measured.
+    """
+    found: dict[K, list[V]] = {}
+    for _ in tqdm(range(starts), desc="starts"):
+        for name, values in measure().items():
+            found.setdefault(name, []).extend(values)
     return found
 
 

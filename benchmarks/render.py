@@ -72,7 +72,7 @@ def vllm_decode(result: dict[str, Any]) -> str:
         [
             f"A decode step of vLLM {versions['vllm']}: {result['sequences']} sequences of a random model of {model}, "
             f"{len(result['hooked_layers'])} hooked layers, {result['edited_features']} edited features a program, "
-            f"{result['rounds']} rounds ({machine}):",
+            f"{result['rounds']} rounds in {result['starts']} starts ({machine}):",
             "",
             *rows,
             "",
@@ -84,12 +84,14 @@ def vllm_decode(result: dict[str, Any]) -> str:
 def readings(result: dict[str, Any] | None) -> str:
     if result is None:
         return "Readings were not measured here yet: `python benchmarks/readings.py` does it."
+    products = result["encoder_products_ms_median"]
     lines = [
         f"Readings of every completion token in vLLM {result['versions']['vllm']}: {result['sequences']} requests at "
         f"once of {result['tokens']} tokens, a random model of {result['parameters'] / 1e6:.0f} M parameters in "
-        f"{result['dtype']}, {result['rounds']} rounds ({result['hardware']['cpu']}, {result['hardware']['threads']} "
-        f"threads, torch {result['versions']['torch']}; `{result['command']}`). The product with the encoder that the "
-        f"largest features take is {result['encoder_product_ms_median']:.2f} ms, "
+        f"{result['dtype']}, {result['rounds']} rounds in {result['starts']} starts ({result['hardware']['cpu']}, "
+        f"{result['hardware']['threads']} threads, torch {result['versions']['torch']}; `{result['command']}`). The "
+        f"product with the encoder that the largest features take is by itself "
+        f"{'; '.join(f'{taken:.2f} ms ({name})' for name, taken in products.items())}. The fastest is "
         f"{result['encoder_product_share']:.1%} of a decode step:",
         "",
         "| case | tokens/s | time of the batch, ratio (95 % interval) | of a decode step | aim |",

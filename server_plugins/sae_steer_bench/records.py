@@ -23,6 +23,15 @@ class Interval(Record):
     high: float
 
 
+class Ratio(Interval):
+    """A median of the ratios of a run's rounds, with its 95 % interval, and where another run's would lie."""
+
+    again_low: float | None = Field(
+        description="With again_high: the median of another such run lies between them with 99 %; null = one round."
+    )
+    again_high: float | None
+
+
 class Machine(Record):
     """Where the client ran, which is where the server ran only if ``server.local``."""
 
@@ -142,7 +151,7 @@ class MetricResult(Record):
     """A metric of a case under a load."""
 
     value: float = Field(description="Median over rounds, in the unit that the metric's name ends with.")
-    ratios: dict[Baseline, Interval] = Field(description="To a baseline in the same rounds; above 1 is more.")
+    ratios: dict[Baseline, Ratio] = Field(description="To a baseline in the same rounds; above 1 is more.")
 
 
 class CaseResult(CasePlan):

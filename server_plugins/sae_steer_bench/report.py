@@ -14,7 +14,7 @@ from sae_steer_bench.plots import plots
 from sae_steer_bench.records import Result
 from sae_steer_bench.result import result_of
 from sae_steer_bench.samples import METRICS, WORDS
-from sae_steer_bench.table import SHOWN, baselines, ratio_text
+from sae_steer_bench.table import SHOWN, again_text, baselines, ratio, ratio_text
 
 RESULT, PAGE, PLOTS = "result.json", "report.html", "plots"
 
@@ -90,6 +90,8 @@ def html(result: Result, images: dict[str, bytes]) -> str:
         metrics=METRICS,
         words=WORDS,
         baselines=baselines(result),
+        ratio=ratio,
         ratio_text=ratio_text,
+        again_text=again_text,
         images={name: b64encode(data).decode() for name, data in images.items()},
     )

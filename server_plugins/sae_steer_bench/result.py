@@ -9,14 +9,14 @@ from sae_steer_bench.records import (
     Baseline,
     CasePlan,
     CaseResult,
-    Interval,
     Measurement,
     MetricResult,
     Plan,
+    Ratio,
     Result,
 )
 from sae_steer_bench.samples import METRICS, Metric
-from sae_steer_bench.stats import agree, paired_ratio
+from sae_steer_bench.stats import agree, repeatable_ratio
 
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 
@@ -56,12 +56,12 @@ def _metric(case: str, metric: Metric, here: Sequence[Measurement], seed: int) -
     own = _by_round(case, metric, here)
     if not own:
         return None
-    ratios: dict[Baseline, Interval] = {}
+    ratios: dict[Baseline, Ratio] = {}
     for baseline in BASELINES:
         base = _by_round(baseline, metric, here)
         rounds = [number for number in own if number in base]
         if baseline != case and rounds:
-            ratios[baseline] = paired_ratio([own[n] for n in rounds], [base[n] for n in rounds], seed=seed)
+            ratios[baseline] = repeatable_ratio([own[n] for n in rounds], [base[n] for n in rounds], seed=seed)
     return MetricResult(value=float(np.median(list(own.values()))), ratios=ratios)
 
 
@@ -69,9 +69,9 @@ def _by_round(case: str, metric: Metric, here: Sequence[Measurement]) -> dict[in
     return {each.round: each.metrics[metric] for each in here if each.case == case and metric in each.metrics}
 
 
-def compare(one: Result, other: Result, metric: Metric) -> list[tuple[str, str, Baseline, Interval, Interval, bool]]:
-    """Load, case, baseline, both ratios, and whether each median lies within the other's interval."""
-    found: list[tuple[str, str, Baseline, Interval, Interval, bool]] = []
+def compare(one: Result, other: Result, metric: Metric) -> list[tuple[str, str, Baseline, Ratio, Ratio, bool]]:
+    """Load, case, baseline, both ratios, and whether each median lies where the other run expects it."""
+    found: list[tuple[str, str, Baseline, Ratio, Ratio, bool]] = []
     others = {case.key: case for case in other.cases}
     for case in one.cases:
         for load, metrics in case.loads.items():

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from sae_steer_bench.records import Baseline, CaseResult, Interval, Measurement, Plan, Result
+from sae_steer_bench.records import Baseline, CaseResult, Measurement, Plan, Ratio, Result
 from sae_steer_bench.result import BASELINES, result_of
 from sae_steer_bench.samples import Metric
 
@@ -57,7 +57,7 @@ def baselines(result: Result) -> list[Baseline]:
     return [baseline for baseline in BASELINES if baseline in measured]
 
 
-def ratio(case: CaseResult, load: str, baseline: Baseline, metric: Metric = HEADLINE) -> Interval | None:
+def ratio(case: CaseResult, load: str, baseline: Baseline, metric: Metric = HEADLINE) -> Ratio | None:
     """A ratio of a case, where there is one."""
     found = case.loads.get(load, {}).get(metric)
     return found.ratios.get(baseline) if found is not None else None
@@ -67,6 +67,13 @@ def ratio_text(case: CaseResult, load: str, baseline: Baseline, metric: Metric =
     """A ratio with its interval, in words."""
     found = ratio(case, load, baseline, metric)
     return f"{found.median:.3f} ({found.low:.3f} to {found.high:.3f})" if found is not None else ""
+
+
+def again_text(found: Ratio | None) -> str:
+    """Where the median of another run would lie, in words."""
+    if found is None or found.again_low is None or found.again_high is None:
+        return ""
+    return f"{found.again_low:.3f} to {found.again_high:.3f}"
 
 
 class Display:

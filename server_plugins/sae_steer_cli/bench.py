@@ -56,7 +56,10 @@ Write the report of a run again, from what it measured; also of one that was kil
     sae-steer bench report sae-steer-bench-...
 """
 COMPARE_HELP = """
-Hold two runs against each other: does each median lie within the other's interval?
+Hold two runs against each other: does each median lie where the other run expects it?
+
+From a run's own rounds follows, with 99 %, between which ratios the median of another such run lies. Two runs of one
+thing agree in all or nearly all of them; what differs by more has changed, or was measured beside other work.
 
     sae-steer bench compare RUN RUN
 
@@ -268,6 +271,7 @@ def compare(
             from sae_steer_bench.report import load
             from sae_steer_bench.result import compare as hold
             from sae_steer_bench.result import differences
+            from sae_steer_bench.table import again_text
         first_run, second_run = load(one), load(other)
         rows = hold(first_run, second_run, "tpot_ms")
         if not rows:
@@ -276,6 +280,7 @@ def compare(
             typer.echo(f"sae-steer: the runs are not of one thing: {difference}", err=True)
         for load_name, label, baseline, first, second, same in rows:
             verdict = "agree" if same else "DIFFER"
-            texts = [f"{r.median:.3f} ({r.low:.3f} to {r.high:.3f})" for r in (first, second)]
+            texts = [f"{r.median:.3f} (again: {again_text(r)})" for r in (first, second)]
             typer.echo(f"{verdict}  {label}, {load_name}, TPOT / {baseline}: {texts[0]} and {texts[1]}")
+        typer.echo(f"{sum(row[-1] for row in rows)} of {len(rows)} agree.")
     raise typer.Exit(0 if all(row[-1] for row in rows) else 1)

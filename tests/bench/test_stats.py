@@ -1,13 +1,15 @@
 """Ratios and their intervals: known values, scipy's own, and how often they hold the truth."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
-from sae_steer_bench.records import Interval
-from sae_steer_bench.stats import agree, paired_ratio
+from sae_steer_bench.records import Ratio
+from sae_steer_bench.stats import agree, paired_ratio, repeatable_ratio
 
 times = st.floats(min_value=1e-3, max_value=1e3)
 
@@ -69,6 +71,41 @@ def test_what_is_no_pair(values: list[float], base: list[float]) -> None:
         paired_ratio(values, base)
 
 
+def runs(chance: np.random.Generator, rounds: int, cost: float = 1.05) -> Ratio:
+    """One run, whose rounds are now and then far off."""
+    noise = chance.normal(0, 0.05, (2, rounds)) + (chance.random((2, rounds)) < 0.1) * 0.15
+    values, base = np.exp(noise)
+    return repeatable_ratio((cost * values).tolist(), base.tolist())
+
+
+@pytest.mark.parametrize("rounds", [5, 12])
+def test_two_runs_of_one_thing_agree(rounds: int) -> None:
+    chance = np.random.default_rng(1)
+    pairs = [(runs(chance, rounds), runs(chance, rounds)) for _ in range(150)]
+    assert sum(agree(*pair) for pair in pairs) >= 146
+    # The intervals of the true median would say so far less often.
+    narrow = [(a.low <= b.median <= a.high) and (b.low <= a.median <= b.high) for a, b in pairs]
+    assert sum(narrow) <= 135
+
+
+def test_what_has_changed_does_not_agree() -> None:
+    chance = np.random.default_rng(2)
+    assert not any(agree(runs(chance, 12), runs(chance, 12, cost=1.6)) for _ in range(20))
+
+
+def test_where_another_run_lies_by_hand() -> None:
+    """Ratios 1, e and e^2: spread 1; t with 2 degrees of freedom at 99 % is 9.925."""
+    found = repeatable_ratio([1.0, math.e, math.e**2], [1.0] * 3)
+    assert found.again_high == pytest.approx(math.exp(1 + 9.9248 * math.sqrt(math.pi / 3)), rel=1e-3)
+    assert found.again_low == pytest.approx(math.exp(1 - 9.9248 * math.sqrt(math.pi / 3)), rel=1e-3)
+
+
+def test_one_round_expects_nothing() -> None:
+    alone = repeatable_ratio([2.0], [1.0])
+    assert (alone.median, alone.again_low, alone.again_high) == (2.0, None, None)
+    assert agree(alone, repeatable_ratio([2.0], [1.0]))
+
+
 @pytest.mark.parametrize(
     ("one", "other", "verdict"),
     [
@@ -78,5 +115,8 @@ def test_what_is_no_pair(values: list[float], base: list[float]) -> None:
     ],
 )
 def test_agreement(one: tuple[float, ...], other: tuple[float, ...], verdict: bool) -> None:
-    first, second = (Interval(low=low, median=median, high=high) for low, median, high in (one, other))
+    first, second = (
+        Ratio(median=median, low=median, high=median, again_low=low, again_high=high)
+        for low, median, high in (one, other)
+    )
     assert agree(first, second) == agree(second, first) == verdict

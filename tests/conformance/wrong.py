@@ -5,11 +5,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from sae_steer.device_reads import DeviceReads
-from sae_steer.device_step import DeviceStep
+from sae_steer.device_step import BatchRows, DeviceStep
 from sae_steer.footprint import Footprint
 from sae_steer.program import Program, Row
 from sae_steer.readings import Reader
@@ -119,8 +118,11 @@ def _positions_from_the_step(original: Any) -> Any:
 
 
 def _neighbour(original: Any) -> Any:
-    def fill(self: DeviceStep, rows: Any, *args: Any) -> None:
-        original(self, [np.roll(row, 1) for row in rows], *args)
+    def moved(own: BatchRows) -> BatchRows:
+        return replace(own, rows=torch.cat([own.rows[:-1].roll(1), own.rows[-1:]]))
+
+    def fill(self: DeviceStep, batch: Any, *args: Any) -> None:
+        original(self, [own and moved(own) for own in batch], *args)
 
     return fill
 

@@ -102,6 +102,13 @@ def _largest(
                     break
 
 
+def products(enc: Tensor, x: Tensor) -> Tensor:
+    """``enc [F, D]`` times the transpose of ``x [t, D]``, both float32: ``[F, t]``."""
+    dots = torch.empty(enc.shape[0], x.shape[0])
+    _products(enc.contiguous().numpy(), x.contiguous().numpy(), dots.numpy())
+    return dots
+
+
 def topk_readout_numba(
     x: Tensor,
     wanted: Tensor,
@@ -127,11 +134,7 @@ def topk_readout_numba(
         read = read + residual[tokens].float()
     centre, factor = _normed(read, int(row_int[0, RowInt.NORM]))
     # This way round the tokens of a feature lie together, and what is known of it is looked up once.
-    if len(tokens) <= FEW:
-        dots = torch.empty(enc.shape[0], len(tokens))
-        _products(enc.contiguous().numpy(), read.numpy(), dots.numpy())
-    else:
-        dots = enc @ read.T
+    dots = products(enc, read) if len(tokens) <= FEW else enc @ read.T
     arguments: list[Any] = [t.numpy() for t in (dots, row_float, row_int[0], centre, factor, tokens, ids, values)]
     _largest(*arguments)
 
