@@ -49,7 +49,7 @@ def merged_top(ids: Floats, top: Floats, edited: Floats, after: Floats, k: int) 
 
     Args:
         ids: ``[n, k + E]`` the largest before any edit, -1 where there is none.
-        top: ``[n, k + E]`` their activations.
+        top: ``[n, k + E]`` their activations; NaN stays NaN.
         edited: ``[E]`` numbers of the edited features.
         after: ``[n, E]`` their new activations.
         k: How many are wanted.
@@ -59,7 +59,9 @@ def merged_top(ids: Floats, top: Floats, edited: Floats, after: Floats, k: int) 
     values = np.concatenate([np.where(kept, top, 0.0), after], axis=1)
     order = np.lexsort((everything, -values), axis=1)[:, :k]
     ids, values = np.take_along_axis(everything, order, 1), np.take_along_axis(values, order, 1)
-    return np.where(values > 0, ids, -1), np.where(values > 0, values, 0.0)
+    broken = np.isnan(top).any(axis=1)  # the token's residual is not finite
+    values[broken] = np.nan
+    return np.where(values > 0, ids, -1), np.where((values > 0) | broken[:, None], values, 0.0)
 
 
 def edited_rows(program: Program, site: Site, source: str) -> list[int]:

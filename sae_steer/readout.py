@@ -148,7 +148,10 @@ class Readout:
             self._found.append((ids.clone(), values.clone()))
 
     def found(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """``ids [n, k]`` (-1 = none) and ``values [n, k]``; without any where the pass did not come here."""
+        """``ids [n, k]`` (-1 = none) and ``values [n, k]``; without any where the pass did not come here.
+
+        The values of a token whose residual is not finite are NaN.
+        """
         if not self._found:
             shape = len(self.tokens), self.k
             return np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=np.float32)
@@ -173,6 +176,9 @@ def _read(readout: Readout, x: Tensor, residual: Tensor | None) -> None:
             own, space.wanted[: len(part)], torch.ones((), dtype=torch.bool), whole.enc, whole.row_float,
             whole.row_int, buffers, residual=more,
         )  # fmt: skip
+        # No feature of a token that is not finite is larger than another, and yet it must not pass for one without any.
+        finite = (own if more is None else own + more).isfinite().all(dim=1)
+        buffers.values.masked_fill_(~finite[:, None], torch.nan)
         readout.put(buffers.ids, buffers.values)
 
 

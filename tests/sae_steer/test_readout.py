@@ -70,3 +70,19 @@ def test_a_pass_that_does_not_come_here_finds_nothing(whole: Whole) -> None:
     ids, values = Readout(whole, 2, torch.tensor([1, 2])).found()
     assert ids.tolist() == [[-1, -1]] * 2
     assert not values.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_token_that_is_not_finite_is_told_as_such(whole: Whole, dtype: torch.dtype, value: float) -> None:
+    """Without features alone it would look like one on which nothing fires."""
+    x, residual = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for broken in (x, residual):
+        sound = broken[2, 5].clone()
+        broken[2, 5] = value
+        readout = Readout(whole, 3, torch.tensor([1, 2, 3]))
+        readout.take(x, residual)
+        _, values = readout.found()
+        assert np.isnan(values).all(axis=1).tolist() == [False, True, False]
+        assert np.isfinite(values[[0, 2]]).all()
+        broken[2, 5] = sound

@@ -8,9 +8,11 @@ import torch
 
 from sae_steer.capabilities import Capabilities
 from sae_steer.catalog import Catalog
+from sae_steer.errors import NonFinite
 from sae_steer.program import Program
 from sae_steer.read_rows import Floats, layout
 from sae_steer.read_store import ReadStore
+from sae_steer.readings import NOT_FINITE
 from sae_steer.readout import ReadoutSpace
 from sae_steer.reference import encode
 from sae_steer.slots import Slot
@@ -184,3 +186,24 @@ def test_the_memory_is_there_from_the_start(catalog: Catalog) -> None:
     assert worker.nbytes == before
     now = [t for part in (worker._space, worker.step._store) for t in vars(part).values() if torch.is_tensor(t)]
     assert [(t.data_ptr(), t.shape) for t in now] == places
+
+
+@pytest.mark.parametrize("at", ["before", "after"])
+def test_the_largest_of_a_token_that_is_not_finite_end_its_request_alone(catalog: Catalog, at: str) -> None:
+    document = {
+        "interventions": [edit(sae="w1", features=[5, 1], value=40.0)],
+        "readings": [{"sae": "w1", "top_k": 3, "positions": "all", "at": at}],
+    }
+    program = compile_doc(document, catalog, capabilities=Capabilities("toy", ()), limits=LIMITS)
+    assert program is not None
+    engine = engine_of(catalog)
+    [stage] = engine.stages
+    with torch.no_grad():
+        stage.model.model.embed_tokens.weight[IDS[3]] = torch.nan
+    sound = [token for token in IDS if token != IDS[3]]
+    for name in ("broken", "sound"):
+        engine.meet(name, program, Slot(0, 1), PROMPT)
+    engine.step([Chunk("broken", 0, IDS), Chunk("sound", 0, sound)])
+    assert engine.snapshot is not None
+    assert engine.snapshot.errors == {"broken": (NonFinite.code, NOT_FINITE)}
+    assert engine.snapshot.reads.keys() == {"sound"}
