@@ -59,9 +59,9 @@ def merged_top(ids: Floats, top: Floats, edited: Floats, after: Floats, k: int) 
     values = np.concatenate([np.where(kept, top, 0.0), after], axis=1)
     order = np.lexsort((everything, -values), axis=1)[:, :k]
     ids, values = np.take_along_axis(everything, order, 1), np.take_along_axis(values, order, 1)
-    broken = np.isnan(top).any(axis=1)  # the token's residual is not finite
-    values[broken] = np.nan
-    return np.where(values > 0, ids, -1), np.where((values > 0) | broken[:, None], values, 0.0)
+    values = np.where(values > 0, values, 0.0)
+    values[np.isnan(top).any(axis=1)] = np.nan  # the token's residual is not finite
+    return np.where(values > 0, ids, -1), values
 
 
 def edited_rows(program: Program, site: Site, source: str) -> list[int]:

@@ -16,6 +16,7 @@ from openai import (
     AsyncOpenAI,
     DefaultAsyncHttpxClient,
 )
+from openai.types import Completion
 
 from sae_steer_bench.errors import LoadFailed
 from sae_steer_bench.load import Address, Work
@@ -137,16 +138,32 @@ async def _stream(client: AsyncOpenAI, body: dict[str, Any]) -> Sample:
     sent = time.perf_counter()
     times: list[float] = []
     tokens = 0
+    last: Completion | None = None
     stream = await client.completions.create(stream=True, stream_options={"include_usage": True}, **body)
     async for event in stream:
         if event.choices:
             times.append(time.perf_counter())
+            last = event
         if event.usage is not None:
             tokens = event.usage.completion_tokens
     if not times or not tokens:
         raise LoadFailed("A stream ended without a token, or without its usage.")
+    steering = body["extra_body"].get("steering")
+    if steering is not None and last is not None:
+        _require_steered(steering, last)
     gaps = tuple(later - earlier for earlier, later in pairwise(times))
     return Sample(times[0] - sent, gaps, tokens)
+
+
+def _require_steered(steering: dict[str, Any], last: Completion) -> None:
+    """Raises :class:`LoadFailed` where the end of a stream does not say that what was asked was done."""
+    block: dict[str, Any] = (last.choices[0].model_extra or {}).get("steering") or {}
+    if steering.get("interventions") and not block.get("applied", {}).get("fired"):
+        raise LoadFailed(
+            "An answer under load does not say that any edit changed anything: it would be timed as steered."
+        )
+    if "readings" in steering and not block.get("readings"):
+        raise LoadFailed("An answer under load came without the readings that were asked for.")
 
 
 def _words(error: APIStatusError) -> str:

@@ -3,8 +3,9 @@
 import socket
 import threading
 import time
+from contextlib import suppress
 from itertools import takewhile
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from sae_steer_bench.samples import Batch, Sample
 from tests.bench.conftest import options
 
 
-def work(requests: int, arrivals: str = "1", seed: str = "a") -> Work:
+def work(
+    requests: int, arrivals: str = "1", seed: str = "a", bodies: tuple[dict[str, Any] | None, ...] = (None,)
+) -> Work:
     return Work(
-        bodies=(None,), requests=requests, prompt_tokens=4, output_tokens=4, vocabulary=256, seed=seed,
+        bodies=bodies, requests=requests, prompt_tokens=4, output_tokens=4, vocabulary=256, seed=seed,
         arrivals=arrivals,
     )  # fmt: skip
 
@@ -95,7 +98,8 @@ class Impatient:
 
     def _answer(self, connection: socket.socket) -> None:
         last = time.monotonic()
-        with connection, connection.makefile("rb") as requests:
+        # A client that has seen enough leaves.
+        with suppress(ConnectionError), connection, connection.makefile("rb") as requests:
             while headers := _headers(requests):
                 if time.monotonic() - last > 2.05:
                     return
@@ -122,3 +126,18 @@ def test_a_lost_connection_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None
         time.sleep(2.4)
         with pytest.raises(LoadFailed, match=r"stopped answering under load: [\w .]+\. Did the server end\?"):
             sender.run(server.address, work(1), LoadPlan(name="closed", concurrency=1))
+
+
+@pytest.mark.parametrize(
+    ("steering", "said"),
+    [
+        ({"interventions": [{"sae": "a", "features": [1], "op": "ablate"}]}, "does not say that any edit"),
+        ({"readings": {"sae": "a", "features": [1]}}, "without the readings"),
+    ],
+)
+def test_an_answer_that_does_not_say_what_was_done_is_not_timed(steering: dict[str, Any], said: str) -> None:
+    server = Impatient()  # it knows nothing of steering, and answers all the same
+    with OpenAILoad(None, 30) as sender:
+        with pytest.raises(LoadFailed, match=said):
+            sender.run(server.address, work(4, bodies=(None, steering)), LoadPlan(name="closed", concurrency=2))
+        sender.run(server.address, work(4), LoadPlan(name="closed", concurrency=2))
