@@ -17,6 +17,9 @@ _ROWS = 256
 """Tokens that are read in one go: what the op keeps between its launches grows with them."""
 _ALIGNED = 16
 """Elements: kernels are compiled for addresses that are multiples of 16 bytes."""
+_ACTIVE = torch.ones((), dtype=torch.bool)
+_KNOWN = 256
+"""Sizes whose buffers are not cut anew."""
 
 
 def _groups(features: int) -> int:
@@ -67,6 +70,7 @@ class ReadoutSpace:
         self._places = torch.empty(tokens * groups, dtype=torch.uint8, device=device)
         self._tokens = torch.empty(2, tokens * width * element, dtype=torch.uint8, device=device)
         self.wanted = torch.ones(tokens, dtype=torch.int32, device=device)
+        self._buffers: dict[tuple[int, int, int], ReadoutBuffers] = {}
 
     @property
     def nbytes(self) -> int:
@@ -79,6 +83,14 @@ class ReadoutSpace:
 
     def buffers(self, tokens: int, features: int, k: int) -> ReadoutBuffers:
         """The op's buffers for at most :meth:`rows` tokens, with what another readout has left in them."""
+        known = self._buffers.get((tokens, features, k))
+        if known is None:
+            if len(self._buffers) >= _KNOWN:  # requests choose k
+                self._buffers.clear()
+            known = self._buffers[tokens, features, k] = self._cut_buffers(tokens, features, k)
+        return known
+
+    def _cut_buffers(self, tokens: int, features: int, k: int) -> ReadoutBuffers:
         groups = _groups(features)
         values, moments, pairs, candidates = _cut(
             self._numbers, (tokens, k), (tokens, 3), (tokens, groups, 2), (tokens, k, GROUP)
@@ -173,7 +185,7 @@ def _read(readout: Readout, x: Tensor, residual: Tensor | None) -> None:
         buffers = space.buffers(len(part), features, readout.k)
         own, more = space.of_tokens(x, residual, part)
         topk_readout(
-            own, space.wanted[: len(part)], torch.ones((), dtype=torch.bool), whole.enc, whole.row_float,
+            own, space.wanted[: len(part)], _ACTIVE, whole.enc, whole.row_float,
             whole.row_int, buffers, residual=more,
         )  # fmt: skip
         # No feature of a token that is not finite is larger than another, and yet it must not pass for one without any.

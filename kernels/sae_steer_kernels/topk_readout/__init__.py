@@ -5,6 +5,7 @@ themselves, one for each feature of each token, are not kept anywhere.
 """
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -133,7 +134,9 @@ def topk_readout(
         buffers: The result, whose width is k, and the scratch, ``T`` rows.
         residual: ``[T, D]`` added to what is encoded.
     """
-    _topk_readout(x, wanted, active, enc, row_float, row_int, *buffers.all, residual)
+    # Without a graph to hold it, there is nothing that the op's own dispatch would be good for.
+    run: Callable[..., None] = _topk_readout if torch.compiler.is_compiling() else _run
+    run(x, wanted, active, enc, row_float, row_int, *buffers.all, residual)
 
 
 def _triton_takes(x: Tensor, wanted: Tensor, enc: Tensor, *rest: Tensor | None) -> str:

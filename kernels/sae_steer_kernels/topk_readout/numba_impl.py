@@ -12,6 +12,7 @@ import numba
 import numpy as np
 import torch
 from numba import float32, float64, int32, int64, void
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_steer_kernels.feature_edit.layout import LAYER_NORM_EPS, Act, Norm, RowFloat, RowInt
@@ -126,30 +127,33 @@ def topk_readout_numba(
     residual: Tensor | None,
 ) -> None:
     """Fills ``ids`` and ``values``; arguments as in :func:`sae_steer_kernels.topk_readout.topk_readout`."""
-    tokens = wanted.nonzero().squeeze(1)
-    if tokens.numel() == 0:
+    tokens = np.flatnonzero(wanted.numpy())
+    if not tokens.size:
         return
-    read = x[tokens].float()
+    # In a step of few tokens all of them mostly are.
+    taken = slice(None) if tokens.size == x.shape[0] else torch.from_numpy(tokens)
+    read = x[taken].float()
     if residual is not None:
-        read = read + residual[tokens].float()
-    centre, factor = _normed(read, int(row_int[0, RowInt.NORM]))
+        read = read + residual[taken].float()
+    ints = row_int.numpy()[0]
+    centre, factor = _normed(read, ints[RowInt.NORM])
     # This way round the tokens of a feature lie together, and what is known of it is looked up once.
-    dots = products(enc, read) if len(tokens) <= FEW else enc @ read.T
-    arguments: list[Any] = [t.numpy() for t in (dots, row_float, row_int[0], centre, factor, tokens, ids, values)]
-    _largest(*arguments)
+    dots = products(enc, read) if tokens.size <= FEW else enc @ read.T
+    _largest(dots.numpy(), row_float.numpy(), ints, centre, factor, tokens, ids.numpy(), values.numpy())
 
 
-def _normed(x: Tensor, norm: int) -> tuple[Tensor, Tensor]:
+def _normed(x: Tensor, norm: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """What each token's products lose for each unit of the encoder row's sum, and are multiplied by, ``[t]`` each."""
-    zero = torch.zeros(x.shape[0], dtype=torch.float64)
+    zero = np.zeros(x.shape[0])
     if norm == Norm.NONE:
         return zero, zero + 1
     exact = x.double()
     if norm == Norm.NORM_RESCALE:
-        return zero, math.sqrt(x.shape[1]) / exact.norm(dim=1)
+        return zero, (math.sqrt(x.shape[1]) / exact.norm(dim=1)).numpy()
+    mean = exact.mean(dim=1).numpy()
     if norm == Norm.CENTER:
-        return exact.mean(dim=1), zero + 1
-    return exact.mean(dim=1), 1 / (exact.std(dim=1, unbiased=True) + LAYER_NORM_EPS)
+        return mean, zero + 1
+    return mean, (1 / (exact.std(dim=1, unbiased=True) + LAYER_NORM_EPS)).numpy()
 
 
 def supports(
