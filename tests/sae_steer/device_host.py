@@ -212,9 +212,9 @@ class Sides:
             for b in range(len(BUCKETS))
         ]
         count = self.rows = int(ends[-1]) + batch.tokens_beyond
-        batch = [BatchRows.of(own, CPU) for own in rows]
+        laid = [BatchRows.of(own, CPU) for own in rows]
         self.step.fill(
-            batch, torch.tensor(starts, dtype=torch.int32), torch.tensor(positions), torch.tensor(ids).int(), count
+            laid, torch.tensor(starts, dtype=torch.int32), torch.tensor(positions), torch.tensor(ids).int(), count
         )
 
     def edit(self, number: int, chunks: list[tuple[int, Live, int, int]], touched: np.ndarray) -> None:

@@ -59,51 +59,53 @@ class KeepsSelectors(DeviceStep):
 class CountsTwice(DeviceStep):
     """Forgets how far each request has come, and counts again what is computed again."""
 
-    def fill(self, *args: Any) -> None:
+    def fill(self, *args: Any, **more: Any) -> None:
         for run in self.runs:
             run.seen.fill_(-1)
-        super().fill(*args)
+        super().fill(*args, **more)
 
 
 class ForgetsNewest(DeviceStep):
     """Takes the position of the last token for one that was seen already."""
 
-    def fill(self, *args: Any) -> None:
-        super().fill(*args)
+    def fill(self, *args: Any, **more: Any) -> None:
+        super().fill(*args, **more)
         for run in self.runs:
             run.seen += run.seen >= 0
 
 
 class OffByOne(DeviceStep):
-    def fill(self, batch: Any, starts: Any, positions: Any, ids: Any, count: int, *rest: Any) -> None:
-        super().fill(batch, starts, positions + 1, ids, count, *rest)
+    def fill(self, batch: Any, starts: Any, positions: Any, ids: Any, count: int, *rest: Any, **more: Any) -> None:
+        super().fill(batch, starts, positions + 1, ids, count, *rest, **more)
 
 
 class OneTokenIsCompletion(DeviceStep):
     """Tells the phase from the size of a request's step."""
 
-    def fill(self, batch: Any, starts: Any, positions: Any, ids: Any, count: int, *rest: Any) -> None:
+    def fill(self, batch: Any, starts: Any, positions: Any, ids: Any, count: int, *rest: Any, **more: Any) -> None:
         positions = positions.clone()
         for a, b in zip(starts.tolist(), starts.tolist()[1:], strict=False):
             if b - a == 1:
                 positions[a] += 10
-        super().fill(batch, starts, positions, ids, count, *rest)
+        super().fill(batch, starts, positions, ids, count, *rest, **more)
 
 
 class BelievesTheHost(DeviceStep):
     """Takes the host's count for where the last request ends."""
 
-    def fill(self, batch: Any, starts: Any, positions: Any, ids: Any, count: int, *rest: Any) -> None:
+    def fill(self, batch: Any, starts: Any, positions: Any, ids: Any, count: int, *rest: Any, **more: Any) -> None:
         starts = starts.clone()
         starts[max((len(own.rows) - 1 for own in batch if own), default=0) :] = count
-        super().fill(batch, starts, positions, ids, count, *rest)
+        super().fill(batch, starts, positions, ids, count, *rest, **more)
 
 
 class CountsPadding(DeviceStep):
     """Takes a padded row of the query starts for a request."""
 
-    def fill(self, batch: Any, starts: Any, positions: Any, ids: Any, count: int, *rest: Any) -> None:
-        super().fill([own and self._padded(own, len(starts)) for own in batch], starts, positions, ids, count, *rest)
+    def fill(self, batch: Any, starts: Any, positions: Any, ids: Any, count: int, *rest: Any, **more: Any) -> None:
+        super().fill(
+            [own and self._padded(own, len(starts)) for own in batch], starts, positions, ids, count, *rest, **more
+        )
 
     def _padded(self, own: BatchRows, size: int) -> BatchRows:
         last, nobody = own.rows[-2:-1], own.rows[-1:]

@@ -303,7 +303,8 @@ class FewEdits:
         """Edits ``y [T, D_out]`` in place; arguments as in :func:`sae_steer_kernels.feature_edit.feature_edit`."""
         work = y if y.dtype == torch.float32 and y.is_contiguous() else y.float().contiguous()
         given = (_array(read), _array(residual), _array(base), _ABSENT_INT if rank is None else rank.numpy())
-        _edit(work.numpy(), *self._fixed, *given, self._overflows)
+        arguments: list[Any] = [work.numpy(), *self._fixed, *given, self._overflows]
+        _edit(*arguments)
         if work is not y:
             y.copy_(work)
 

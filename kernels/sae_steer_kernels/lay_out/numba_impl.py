@@ -73,4 +73,5 @@ def lay_out_numba(tokens: StepTokens, buckets: Sequence[BucketTokens]) -> None:
             bucket.rows, bucket.slot, bucket.seen, bucket.starts, bucket.masks, bucket.reads, bucket.by_token,
             bucket.slots, bucket.counted,
         )  # fmt: skip
-        _lay_out(number == 0, *given, tokens.vocabulary, *results, wanted, *(t.numpy() for t in own))
+        arguments: list[Any] = [number == 0, *given, tokens.vocabulary, *results, wanted, *(t.numpy() for t in own)]
+        _lay_out(*arguments)
