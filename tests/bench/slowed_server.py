@@ -4,18 +4,18 @@ import sys
 import time
 from typing import Any
 
-from sae_steer import edit_layer
+from sae_steer.edit_layer import EditLayer
 from sae_steer_cli.cli import app
 
-_edit = edit_layer.feature_edit
+_edit = EditLayer._edit
 _seconds = float(sys.argv.pop(1)) / 1000
 
 
-def slowed(*arguments: Any, **keywords: Any) -> None:
-    """The edit, and a sleep."""
+def slowed(self: EditLayer, *arguments: Any) -> None:
+    """The edit at a site, and a sleep."""
     time.sleep(_seconds)
-    _edit(*arguments, **keywords)
+    _edit(self, *arguments)
 
 
-edit_layer.feature_edit = slowed
+EditLayer._edit = slowed  # type: ignore[method-assign]
 app()
