@@ -189,7 +189,7 @@ def _read(readout: Readout, x: Tensor, residual: Tensor | None) -> None:
             whole.row_int, buffers, residual=more,
         )  # fmt: skip
         # No feature of a token that is not finite is larger than another, and yet it must not pass for one without any.
-        finite = (own if more is None else own + more).isfinite().all(dim=1)
+        finite = (own if more is None else own.float() + more.float()).isfinite().all(dim=1)
         buffers.values.masked_fill_(~finite[:, None], torch.nan)
         readout.put(buffers.ids, buffers.values)
 
